@@ -1,0 +1,96 @@
+"""The frame that direct solvers share: apply a remembered factor, measure the true residual, refine once."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from implicitgrad.linalg.checks import check_system, default_rtol
+from implicitgrad.linalg.matrix import as_columns, as_rows
+from implicitgrad.linalg.operator import LinearOperator
+from implicitgrad.linalg.rows import any_row, safe_row_norm
+from implicitgrad.linalg.solver import Products, Solution, check_finite, unscaled_solution, zero_solution
+
+
+class Factor(NamedTuple):
+    """A factorised matrix."""
+
+    inverse: Callable[[Tensor], Tensor]  # b -> A⁻¹ b for columns (*batch, n, k)
+    nbytes: int  # of the factor
+
+
+def solve_directly(
+    name: str,
+    factorise: Callable[[LinearOperator], Factor],
+    A: LinearOperator,
+    b: Tensor,
+    x0: Tensor | None,
+    rtol: float | None,
+) -> Solution:
+    """Solve with a factor of the dense matrix; one step of iterative refinement where the residual is above `rtol`.
+
+    The residual is made with a product of A, so that a matrix that differs from the products is noticed; only the
+    transpose of an operator without `rmatvec` is measured with the matrix itself.
+
+    Args:
+        name: class name of the solver.
+        factorise: returns the factor, remembered on the operator.
+        A: the operator.
+        b: right-hand sides, see `LinearSolver.solve`.
+        x0: checked like b, but a direct solver has no use for a guess.
+        rtol: None for `default_rtol`.
+
+    Raises:
+        torch.linalg.LinAlgError: from `factorise`.
+        FloatingPointError: NaN or infinity in the matrix, a product or the solution.
+    """
+    system = check_system(name, A, b, x0)
+    if system.zero:
+        return zero_solution(name, system)
+    b = system.b
+    rtol = default_rtol(A) if rtol is None else rtol
+    dense_cost = A.dense_cost
+    factor = factorise(A)
+    matrix = A.to_dense().detach()
+    product = Products(A if A.has_product else LinearOperator.from_dense(matrix))
+    x = _inverse_rows(factor, A, b)
+    r = b - product(x)
+    relative = safe_row_norm(r)
+    if any_row(~(relative <= rtol)):
+        refined = x + _inverse_rows(factor, A, r)
+        new_relative = safe_row_norm(b - product(refined))
+        better = (new_relative < relative) | relative.isnan()
+        x, relative = torch.where(better, refined, x), torch.where(better, new_relative, relative)
+    check_finite(name, 0, relative)
+    converged = not any_row(relative > rtol)
+    return unscaled_solution(
+        name,
+        system,
+        x,
+        relative,
+        num_iter=0,
+        num_matvec=dense_cost + product.count,
+        converged=converged,
+        reason="converged" if converged else "precision floor",
+        memory=matrix.nbytes + factor.nbytes + 3 * b.nbytes,
+    )
+
+
+def finite_matrix(name: str, A: LinearOperator) -> Tensor:
+    """The matrix of A, without autograd graph.
+
+    Raises:
+        FloatingPointError: it has NaN or infinite entries.
+    """
+    matrix = A.to_dense().detach()
+    if not matrix.isfinite().all():
+        raise FloatingPointError(f"{name}: the matrix of A has NaN or infinite entries; check A @ v for a finite v.")
+    return matrix
+
+
+def _inverse_rows(factor: Factor, A: LinearOperator, b: Tensor) -> Tensor:
+    single = b.ndim == len(A.vector_shape)
+    columns = as_columns(b.unsqueeze(0) if single else b)
+    x = as_rows(factor.inverse(columns)).to(b.dtype)
+    return (x[0] if single else x).contiguous()

@@ -1,0 +1,308 @@
+"""Square linear maps on flat vectors, known by their products.
+
+Vectors are ``(n,)``; a block of right-hand sides is ``(k, n)``, right-hand sides first, because rows are contiguous
+then. With ``batch_shape`` the operator is a stack of independent systems of one size (a block diagonal matrix that
+is never written down): vectors are ``(*batch_shape, n)``, blocks ``(k, *batch_shape, n)``.
+"""
+
+import math
+from collections.abc import Callable, Hashable
+from copy import copy
+from typing import TypeVar, final
+
+import torch
+from torch import Tensor
+
+from implicitgrad.linalg.matrix import Product, block_product, by_rows, matrix_of, mixture, no_transpose, vector_product
+from implicitgrad.linalg.symmetry import asymmetry, check_entries
+
+Result = TypeVar("Result")
+
+
+@final
+class LinearOperator:
+    """A square matrix A, given by ``v -> A v``; supports ``A @ v``, ``A.T``, ``A + B``, ``scalar * A``, ``-A``.
+
+    What is known about A is declared, not guessed: `symmetric` (A = Aᵀ) and `definite` (also vᵀAv > 0 for v != 0).
+    `check_symmetric` compares the declaration with two products. Products may record an autograd graph if the given
+    functions do; the solvers never do.
+
+    Args:
+        matvec: ``(*batch_shape, n) -> (*batch_shape, n)``, the product A v. It must leave its argument unchanged.
+        size: n, the number of unknowns of one system.
+        rmatvec: the product Aᵀ v. Not read when `symmetric`: the transpose is A itself.
+        matmat: the product with a block, ``(k, *batch_shape, n) -> (k, *batch_shape, n)``; by default one `matvec`
+            per row.
+        rmatmat: the same for Aᵀ; by default one `rmatvec` per row.
+        dense: returns the matrix ``(*batch_shape, n, n)``, for whom n products are not the fastest way to it.
+        dense_cost: products that `dense` spends, for the books.
+        noise: relative error of the products beyond rounding, say by finite differences. Default tolerances of solvers
+            stay ten times above it.
+        symmetric: declares A = Aᵀ.
+        definite: declares A symmetric positive definite; needs `symmetric`.
+        dtype: a real floating dtype, that of the vectors.
+        device: the device of the vectors.
+        batch_shape: leading shape of a stack of independent systems; empty for one system.
+
+    Raises:
+        ValueError: `definite` without `symmetric`, a dtype that is not real floating, or `size` below one.
+
+    Example:
+        >>> diagonal = torch.tensor([1.0, 2.0, 4.0])
+        >>> A = LinearOperator(lambda v: diagonal * v, 3, symmetric=True, dtype=torch.float32, device="cpu")
+        >>> A.damped(1.0) @ torch.ones(3)
+        tensor([2., 3., 5.])
+    """
+
+    def __init__(
+        self,
+        matvec: Product,
+        size: int,
+        *,
+        rmatvec: Product | None = None,
+        matmat: Product | None = None,
+        rmatmat: Product | None = None,
+        dense: Callable[[], Tensor] | None = None,
+        dense_cost: int = 0,
+        noise: float = 0.0,
+        symmetric: bool = False,
+        definite: bool = False,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        batch_shape: tuple[int, ...] = (),
+    ):
+        if definite and not symmetric:
+            raise ValueError("definite=True declares a symmetric positive definite operator; pass symmetric=True too.")
+        if not dtype.is_floating_point:
+            raise ValueError(f"LinearOperator needs a real floating dtype; got {dtype}. Split a complex system in two.")
+        if size < 1:
+            raise ValueError(f"LinearOperator needs size >= 1; got {size}.")
+        self.size = size
+        self.symmetric = symmetric
+        self.definite = definite
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.batch_shape = tuple(batch_shape)
+        self._matvec = matvec
+        self._matmat = matmat or by_rows(matvec)
+        self._rmatvec = rmatvec or no_transpose
+        self._rmatmat = rmatmat or by_rows(self._rmatvec)
+        self.noise = noise
+        self._dense = dense
+        self._dense_cost = dense_cost
+        self._base: LinearOperator | None = None
+        self._terms: tuple[LinearOperator, ...] = ()
+        self._memo: dict[Hashable, object] = {}
+
+    @classmethod
+    def from_dense(cls, matrix: Tensor, symmetric: bool = False, definite: bool = False) -> "LinearOperator":
+        """The operator of a given matrix.
+
+        Args:
+            matrix: ``(*batch_shape, n, n)``.
+            symmetric: declares the matrix symmetric; compared with its entries here, as that costs no product.
+            definite: declares it positive definite; `Cholesky` finds out, nothing else does.
+
+        Raises:
+            ValueError: the matrix is not square, or declared symmetric and is not.
+
+        Example:
+            >>> LinearOperator.from_dense(torch.eye(2), symmetric=True, definite=True) @ torch.tensor([1.0, 2.0])
+            tensor([1., 2.])
+        """
+        if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
+            raise ValueError(f"from_dense needs a matrix of shape (*batch, n, n); got {tuple(matrix.shape)}.")
+        if symmetric:
+            check_entries(matrix)
+        operator = cls(
+            vector_product(matrix),
+            matrix.shape[-1],
+            symmetric=symmetric,
+            definite=definite,
+            dtype=matrix.dtype,
+            device=matrix.device,
+            batch_shape=tuple(matrix.shape[:-2]),
+        )
+        operator._act_through(matrix)
+        return operator
+
+    def _act_through(self, matrix: Tensor) -> None:
+        self._matvec, self._rmatvec = vector_product(matrix), vector_product(matrix.mT)
+        self._matmat, self._rmatmat = block_product(matrix), block_product(matrix.mT)
+        self._dense, self._dense_cost, self._terms = lambda: matrix, 0, ()
+
+    def __repr__(self) -> str:
+        structure = "definite" if self.definite else "symmetric" if self.symmetric else "no declared structure"
+        return f"LinearOperator(size={self.size}, batch_shape={self.batch_shape}, {self.dtype}, {structure})"
+
+    @property
+    def vector_shape(self) -> tuple[int, ...]:
+        """Shape of one vector, ``(*batch_shape, n)``."""
+        return (*self.batch_shape, self.size)
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        shape = self.vector_shape
+        if v.shape == shape:
+            out = self._matvec(v)
+        elif v.shape[1:] == shape:
+            out = self._matmat(v)
+        else:
+            raise ValueError(
+                f"A @ v needs v of shape {shape}, or (k, {', '.join(map(str, shape))}) for k right-hand sides;"
+                f" got {tuple(v.shape)}."
+            )
+        if out.shape != v.shape or out.dtype != self.dtype:
+            raise ValueError(
+                f"The product of a {tuple(v.shape)} tensor came back as {tuple(out.shape)}, {out.dtype}; wanted the"
+                f" same shape in {self.dtype}. Correct the function given as matvec, matmat, rmatvec or rmatmat."
+            )
+        return out
+
+    @property
+    def base(self) -> "LinearOperator":
+        """The operator that keeps the memo: A for both A and ``A.T``."""
+        return self if self._base is None else self._base
+
+    @property
+    def transposed(self) -> bool:
+        """Whether this is the transpose of `base`."""
+        return self._base is not None
+
+    @property
+    def has_product(self) -> bool:
+        """False only for ``A.T`` of an operator that was made without `rmatvec`."""
+        return self._matvec is not no_transpose
+
+    @property
+    def T(self) -> "LinearOperator":
+        """Aᵀ: A itself when symmetric, otherwise a view on A that shares its memo (so ``A.T.T is A``)."""
+        if self.symmetric:
+            return self
+        if self._base is not None:
+            return self._base
+        view = copy(self)
+        view._matvec, view._rmatvec = self._rmatvec, self._matvec
+        view._matmat, view._rmatmat = self._rmatmat, self._matmat
+        view._base = self  # A holds no reference to its view: such a cycle would keep autograd graphs alive
+        return view
+
+    def damped(self, damping: float) -> "LinearOperator":
+        """A + damping · I, with A's structure and A's matrix if that is remembered.
+
+        `damping` must be finite (ValueError); a negative one gives up `definite`.
+        """
+        if not math.isfinite(damping):
+            raise ValueError(f"damping must be finite; got {damping}.")
+        return _combination([(1.0, self)], float(damping))
+
+    def __add__(self, other: "LinearOperator") -> "LinearOperator":
+        if not isinstance(other, LinearOperator):
+            return NotImplemented
+        mine = (self.vector_shape, self.dtype, self.device)
+        theirs = (other.vector_shape, other.dtype, other.device)
+        if mine != theirs:
+            raise ValueError(f"A + B needs one vector shape, dtype and device; got {mine} and {theirs}.")
+        return _combination([(1.0, self), (1.0, other)], 0.0)
+
+    def __rmul__(self, scalar: float) -> "LinearOperator":
+        if not isinstance(scalar, (int, float)):
+            return NotImplemented
+        return _combination([(float(scalar), self)], 0.0)
+
+    def __neg__(self) -> "LinearOperator":
+        return -1.0 * self
+
+    def to_dense(self) -> Tensor:
+        """The matrix ``(*batch_shape, n, n)``, remembered. Do not change it in place.
+
+        Costs `dense_cost` products and n² numbers of memory per system. ValueError if `dense` returns another shape.
+        """
+        if self._base is not None:
+            return self._base.to_dense().mT
+        return self.remember("dense", self._make_dense)
+
+    @property
+    def dense_cost(self) -> int:
+        """Products that `to_dense` would spend now: n by columns, what was declared for `dense`, 0 if remembered."""
+        if self._base is not None:
+            return self._base.dense_cost
+        if "dense" in self._memo:
+            return 0
+        if self._dense is None:
+            return self.size
+        return self._dense_cost + sum(term.dense_cost for term in self._terms)
+
+    def _make_dense(self) -> Tensor:
+        matrix = self._dense() if self._dense is not None else matrix_of(self.__matmul__, self._example())
+        if matrix.shape != (*self.vector_shape, self.size):
+            raise ValueError(f"dense() returned shape {tuple(matrix.shape)}; wanted {(*self.vector_shape, self.size)}.")
+        return matrix
+
+    def without_graph(self) -> "LinearOperator | None":
+        """This operator through its remembered matrix, factors included; None if no matrix is remembered.
+
+        Lets go of the functions given at construction, and so of the autograd graph that they hold.
+        """
+        if "dense" not in self.base._memo:
+            return None
+        known = copy(self.base)
+        known._act_through(self.base.to_dense())
+        return known.T if self.transposed else known
+
+    def remember(self, key: Hashable, make: Callable[[], Result]) -> Result:
+        """``make()`` at the first call with this key, the stored result afterwards; A and ``A.T`` share the store.
+
+        What is stored should describe `base` (a factor of A serves Aᵀ as well) and must not refer to the operator.
+        """
+        memo = self.base._memo
+        if key not in memo:
+            memo[key] = make()
+        return memo[key]  # pyright: ignore[reportReturnType]
+
+    def symmetry_defect(self, generator: torch.Generator | None = None) -> float:
+        """How far A is from symmetric, seen by one pair of vectors; zero for a symmetric A, up to rounding.
+
+        ``|<u, Av> - <v, Au>| / (|u| |Av| + |v| |Au|)``, the largest over a stack of systems. A random matrix gives
+        about 1/√n. Costs two products.
+
+        Args:
+            generator: draws u and v; by default they are fixed irregular sequences, which need no random numbers.
+        """
+        return asymmetry(self.__matmul__, self._example(), generator)
+
+    def _example(self) -> Tensor:
+        return torch.empty(self.vector_shape, dtype=self.dtype, device=self.device)
+
+
+def _combination(terms: list[tuple[float, LinearOperator]], shift: float) -> LinearOperator:
+    """Σ cᵢ Aᵢ + shift · I."""
+    scales = [scale for scale, _ in terms]
+    operators = [term for _, term in terms]
+    first = operators[0]
+
+    def product(factors: list[LinearOperator]) -> Product:
+        if not all(factor.has_product for factor in factors):
+            return no_transpose
+        return lambda v: mixture(scales, [factor @ v for factor in factors], shift, v)
+
+    def dense() -> Tensor:
+        identity = torch.eye(first.size, dtype=first.dtype, device=first.device)
+        return mixture(scales, [term.to_dense() for term in operators], shift, identity)
+
+    forward, backward = product(operators), product([term.T for term in operators])
+    result = LinearOperator(
+        forward,
+        first.size,
+        rmatvec=backward,
+        matmat=forward,
+        rmatmat=backward,
+        dense=dense,
+        symmetric=all(term.symmetric for term in operators),
+        definite=shift >= 0 and all(term.definite and scale > 0 for scale, term in terms),
+        noise=max(term.noise for term in operators),
+        dtype=first.dtype,
+        device=first.device,
+        batch_shape=first.batch_shape,
+    )
+    result._terms = tuple(operators)
+    return result

@@ -1,0 +1,122 @@
+"""What Auto chooses, and that whatever it returns is solved or flagged."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
+
+from implicitgrad.linalg import Auto, LinearOperator
+
+
+def rows(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def symmetric(eigenvalues: list[float]) -> LinearOperator:
+    q, _ = torch.linalg.qr(rows(len(eigenvalues), len(eigenvalues)))
+    matrix = q @ torch.diag(torch.tensor(eigenvalues, dtype=torch.float64)) @ q.mT
+    return LinearOperator.from_dense((matrix + matrix.mT) / 2, symmetric=True)
+
+
+DEFINITE = symmetric([1.0, 2.0, 3.0, 4.0])
+INDEFINITE = symmetric([-1.0, 2.0, -3.0, 4.0])
+NONSYMMETRIC = LinearOperator.from_dense(rows(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("A", "dense_size", "solver", "words"),
+    [
+        (DEFINITE, 4, "Cholesky", "n = 4 <= dense_size = 4, symmetric"),
+        (INDEFINITE, 4, "LU", "n = 4 <= dense_size = 4; Cholesky found the matrix not positive definite"),
+        (NONSYMMETRIC, 4, "LU", "n = 4 <= dense_size = 4, not symmetric"),
+        (DEFINITE, 3, "CG", "n = 4 > dense_size = 3, symmetric"),
+        (INDEFINITE, 3, "MINRES", "n = 4 > dense_size = 3; CG met negative curvature after"),
+        (NONSYMMETRIC, 3, "GMRES", "n = 4 > dense_size = 3, not symmetric"),
+    ],
+)
+def test_says_what_it_chose_and_why(A: LinearOperator, dense_size: int, solver: str, words: str):
+    solution = Auto(dense_size=dense_size).solve(A, rows(4))
+    assert solution.converged
+    assert solution.solver == solver
+    assert solution.reason.startswith(f"{solver} ({words}")
+    assert solution.reason.endswith("): converged")
+
+
+@pytest.mark.parametrize("dense_size", [0, 100])
+def test_counts_the_products_of_a_failed_attempt(dense_size: int):
+    matrix, count = INDEFINITE.to_dense(), [0]
+
+    def product(v: Tensor) -> Tensor:
+        count[0] += 1
+        return matrix @ v
+
+    A = LinearOperator(product, 4, symmetric=True, dtype=torch.float64, device="cpu")
+    solution = Auto(dense_size=dense_size).solve(A, rows(4))
+    assert solution.solver in ("LU", "MINRES")
+    assert solution.num_matvec == count[0]
+
+
+def test_a_failed_cholesky_is_not_tried_again(monkeypatch: pytest.MonkeyPatch):
+    A = symmetric([-1.0, 2.0, -3.0, 4.0])
+    Auto().solve(A, rows(4))
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda matrix: pytest.fail("a second attempt"))
+    monkeypatch.setattr(torch.linalg, "lu_factor_ex", lambda matrix: pytest.fail("a second attempt"))
+    assert Auto().solve(A, rows(4)).solver == "LU"
+
+
+def test_hands_its_tolerance_on():
+    assert not Auto(rtol=1e-16).solve(symmetric([1e-9, 1.0, 3.0]), rows(3)).converged
+    assert Auto(rtol=1e-2, dense_size=0).solve(DEFINITE, rows(4)).num_iter < 4
+
+
+@st.composite
+def systems(draw: st.DrawFn) -> tuple[LinearOperator, Tensor, Tensor]:
+    """Small systems with eigenvalues or singular values over up to 14 decades, and scales over 24."""
+    n, seed = draw(st.integers(1, 12)), draw(st.integers(0, 10**6))
+    decades = draw(st.sampled_from([0.5, 3.0, 8.0, 14.0]))
+    scale = 10.0 ** draw(st.integers(-12, 12))
+    dtype = draw(st.sampled_from([torch.float64, torch.float32]))
+    kind = draw(st.sampled_from(["indefinite", "badly scaled", "nonsymmetric"]))
+    q, _ = torch.linalg.qr(rows(n, n, seed=seed))
+    spread = torch.logspace(0, -decades, n, dtype=torch.float64)
+    if kind == "indefinite":
+        matrix = q @ torch.diag(spread * rows(n, seed=seed + 1).sign()) @ q.mT
+    elif kind == "badly scaled":
+        matrix = spread.sqrt().unsqueeze(-1) * (q @ torch.diag(1 + spread) @ q.mT) * spread.sqrt()
+    else:
+        matrix = q @ torch.diag(spread) @ torch.linalg.qr(rows(n, n, seed=seed + 2))[0]
+    if kind != "nonsymmetric":
+        matrix = (matrix + matrix.mT) / 2
+    matrix = (scale * matrix).to(dtype)
+    b = (10.0 ** draw(st.integers(-12, 12)) * rows(n, seed=seed + 3)).to(dtype)
+    return LinearOperator.from_dense(matrix, symmetric=kind != "nonsymmetric"), matrix, b
+
+
+@settings(
+    max_examples=200, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+@given(systems(), st.sampled_from([0, 1000]))
+def test_random_systems_are_solved_to_tolerance_or_flagged(system: tuple[LinearOperator, Tensor, Tensor], dense: int):
+    A, matrix, b = system
+    rtol = 1e-10 if b.dtype == torch.float64 else 1e-5
+    try:
+        solution = Auto(dense_size=dense).solve(A, b)
+    except (LinAlgError, FloatingPointError) as error:
+        assert "singular" in str(error)  # a matrix with 14 decades in float32
+        return
+    assert solution.value.isfinite().all()
+    relative = (b.double() - matrix.double() @ solution.value.double()).norm() / b.double().norm()
+    assert not solution.converged or relative <= 1.5 * rtol
+    torch.testing.assert_close(
+        solution.relative_residual.double(),
+        relative,
+        rtol=0.5,
+        atol=20 * torch.finfo(b.dtype).eps * size_of(A, solution.value, b),
+    )
+
+
+def size_of(A: LinearOperator, x: Tensor, b: Tensor) -> float:
+    """|A| |x| / |b|: the rounding of a residual in units of eps."""
+    return (A.to_dense().double().norm() * x.double().norm() / b.double().norm()).item()
