@@ -1,0 +1,37 @@
+"""Implicit differentiation and bilevel optimization for PyTorch.
+
+Declare what is true at the solution of an inner problem; the solution becomes differentiable.
+"""
+
+from implicitgrad import linalg, tree
+from implicitgrad.check import HypergradientCheck, check_hypergradient
+from implicitgrad.conditions import FixedPoint, OptimalityCondition, Stationary
+from implicitgrad.hypergradient import Hypergradient, hypergradient
+from implicitgrad.implicit import ImplicitSolver, implicit, implicit_root
+from implicitgrad.module import FunctionalModule, functional
+from implicitgrad.report import ConvergenceError, ConvergenceWarning, LinearSolve, Log, Report, diagnostics
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConvergenceError",
+    "ConvergenceWarning",
+    "FixedPoint",
+    "FunctionalModule",
+    "Hypergradient",
+    "HypergradientCheck",
+    "ImplicitSolver",
+    "LinearSolve",
+    "Log",
+    "OptimalityCondition",
+    "Report",
+    "Stationary",
+    "check_hypergradient",
+    "diagnostics",
+    "functional",
+    "hypergradient",
+    "implicit",
+    "implicit_root",
+    "linalg",
+    "tree",
+]

@@ -1,0 +1,153 @@
+"""Bind a condition to its arguments: trees, and tensors closed over, become an equation on flat vectors."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from implicitgrad import closure, internals, report, tree
+from implicitgrad.conditions import OptimalityCondition
+from implicitgrad.equation import System
+from implicitgrad.isolation import Isolation
+from implicitgrad.linalg import Auto, LinearSolver
+from implicitgrad.report import OnUnconverged, Policy, Report, call_site
+from implicitgrad.surroundings import look_around
+from implicitgrad.tree import Tree
+
+
+@dataclass(frozen=True)
+class Options:
+    """How derivatives of a solution are computed; the fields are those of `implicit`."""
+
+    solver: LinearSolver | None
+    on_unconverged: OnUnconverged
+    inner_tolerance: float
+
+    def __post_init__(self) -> None:
+        if self.solver is not None and not isinstance(self.solver, LinearSolver):
+            raise TypeError(
+                f"solver must be a linear solver such as implicitgrad.linalg.CG(), got {type(self.solver).__name__}; "
+                "the inner solver is the decorated function"
+            )
+        self.policy()
+
+    def policy(self) -> Policy:
+        """The rules about solves that miss their tolerance, with the call that asked for them."""
+        return Policy(self.on_unconverged, self.inner_tolerance, call_site())
+
+
+class BoundCondition:
+    """A condition at one solution, as the equation `r(flat y, *inputs) = 0`.
+
+    Args:
+        condition: What holds at `y`.
+        x: Upper variable.
+        y: Lower variable; it is detached.
+        data: Further arguments.
+        options: How to solve and what to report.
+
+    Attributes:
+        y: The detached tree.
+        flat: The same as a vector `(n,)`.
+        unravel: From vectors to trees like `y`.
+        inputs: Tensors among `x` and `data` in order, then closed-over tensors once they are known.
+        system: The equation with its linear systems.
+
+    Raises:
+        TypeError: `condition` is none, or tensors of a kind that cannot be used.
+        ValueError: tensors on several devices.
+    """
+
+    def __init__(self, condition: OptimalityCondition, x: Tree, y: Tree, data: tuple, options: Options) -> None:
+        check_condition(condition)
+        self.y = tree.map(closure.without_derivative, y)
+        tree.check_vector_space(tree.leaves(self.y), "the solution y")
+        self.flat, self.unravel = tree.ravel(self.y)
+        self._values, self._rebuild = tree.flatten((x, data))
+        self._places = [i for i, value in enumerate(self._values) if isinstance(value, Tensor)]
+        self._captured: list[Tensor] = []
+        self.inputs: list[Tensor] = [self._values[i] for i in self._places]
+        _check_inputs(self.flat, self.inputs)
+        twin = condition.first_order_twin()
+        self.system = System(
+            self._residual(condition),
+            first_order_residual=None if twin is None else self._residual(twin),
+            symmetric=condition.symmetric,
+            probe=not condition.symmetric_by_construction,
+            solver=options.solver or Auto(),
+            policy=options.policy(),
+            record=Report(type(condition).__name__),
+            isolation=Isolation(self.flat.device, look_around(condition, x, data)),
+        )
+
+    def linearize_eagerly(self) -> None:
+        """Evaluate the condition once on the graph that backward passes will use, and find what it closes over."""
+        report.check_finite(self.flat, "the inner solution y")
+        self.system.judge(self.flat, self.inputs)
+        linearization = self.system.linearize(self.flat, self.inputs)
+        if not linearization.scan.older and not (linearization.scan.leaves and internals.following_calls()):
+            self._capture(linearization.scan.leaves)
+            linearization.inputs.extend(self._captured)
+            self.system.direct = self._captured
+            return
+        # intermediate results: exchange them for leaves, so that no path is counted twice; inside the evaluation of
+        # another condition: leaves on the graph may only stand for the tensors that user code refers to
+        self.find_closed_over()
+        self.system.restart()
+        with self.system.isolation():
+            scan = self.system.linearize(self.flat, self.inputs).scan
+        if scan.leaves or scan.older:
+            raise RuntimeError(
+                "the condition closes over an intermediate result inside a custom autograd function or compiled code, "
+                "where its gradient cannot be followed; pass that tensor as an argument: in x, or in data"
+            )
+
+    def find_closed_over(self) -> None:
+        """Run the condition once to see the tensors it closes over, and make them explicit inputs."""
+        with self.system.isolation(), internals.without_forward_mode():
+            self._capture(closure.record(self.system.residual, [self.flat, *self.inputs]))
+
+    def _capture(self, tensors: Sequence[Tensor]) -> None:
+        self._captured = list(tensors)
+        self.inputs = [self._values[i] for i in self._places] + self._captured
+
+    def _residual(self, condition: OptimalityCondition) -> Callable[..., Tensor]:
+        """`(flat y, *inputs) -> flat residual`."""
+
+        def residual(flat: Tensor, *inputs: Tensor) -> Tensor:
+            explicit, captured = inputs[: len(self._places)], inputs[len(self._places) :]
+            values = list(self._values)
+            for i, value in zip(self._places, explicit, strict=True):
+                values[i] = value
+            x, data = self._rebuild(values)
+            with closure.Substitution(self._captured[: len(captured)], captured) as substitution:
+                result = tree.ravel_like(self.y, condition.residual(x, self.unravel(flat), *data))
+            if result.dtype != flat.dtype or result.device != flat.device:
+                raise TypeError(
+                    f"the residual is {result.dtype} on {result.device} but y is {flat.dtype} on {flat.device}; "
+                    "convert x, data and y to one dtype and device"
+                )
+            substitution.check_complete(result, (flat, *inputs))
+            return result
+
+        return residual
+
+
+def check_condition(condition: object) -> None:
+    """Raise unless `condition` is an `OptimalityCondition`."""
+    if not isinstance(condition, OptimalityCondition):
+        raise TypeError(
+            f"condition must be an OptimalityCondition, got {type(condition).__name__}; wrap a loss as "
+            "Stationary(loss) or a step as FixedPoint(step)"
+        )
+
+
+def _check_inputs(flat: Tensor, inputs: Sequence[Tensor]) -> None:
+    for value in inputs:
+        if value.is_complex():
+            raise TypeError(f"an argument is complex ({value.dtype}); pass real and imaginary parts as real tensors")
+        if value.device != flat.device and value.dim() > 0 and value.is_floating_point():
+            raise ValueError(
+                f"y is on {flat.device} but an argument of shape {tuple(value.shape)} is on {value.device}; "
+                "move x, y and data to one device"
+            )

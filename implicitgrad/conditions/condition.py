@@ -1,0 +1,25 @@
+"""What a condition is: a residual that vanishes at the solution."""
+
+from abc import ABC, abstractmethod
+
+from implicitgrad.tree import Tree
+
+
+class OptimalityCondition(ABC):
+    """A statement `residual(x, y, *data) = 0` that holds at the solution `y` of an inner problem.
+
+    Attributes:
+        symmetric: Whether the Jacobian `∂residual/∂y` is symmetric.
+        symmetric_by_construction: Whether that needs no test, since the residual is a gradient.
+    """
+
+    symmetric: bool = False
+    symmetric_by_construction: bool = False
+
+    @abstractmethod
+    def residual(self, x: Tree, y: Tree, *data: Tree) -> Tree:
+        """A tree like `y`, zero at the solution."""
+
+    def first_order_twin(self) -> "OptimalityCondition | None":
+        """The same condition with a residual that needs only first-order derivatives of user code, if there is one."""
+        return None

@@ -1,0 +1,1 @@
+"""Products with Jacobians and Hessians of user code."""

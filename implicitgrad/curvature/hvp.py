@@ -1,0 +1,80 @@
+"""Hessian-vector products where user code has no double backward: central differences of first-order gradients.
+
+`(∇²_yy loss) u ≈ [∇_y loss(y + hu) - ∇_y loss(y - hu)] / 2h`, and likewise the mixed derivative from `∇_z loss` for
+every other tensor `z`: one direction `u` in `y` serves all of them.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicitgrad import closure, internals, tree
+from implicitgrad.isolation import RandomState
+from implicitgrad.tree import Tree
+
+
+def noise(dtype: torch.dtype) -> float:
+    """Relative error to expect of products by differences: eps^(1/2), 1.5e-8 in float64 and 3.5e-4 in float32."""
+    return torch.finfo(dtype).eps ** 0.5
+
+
+def differenced_grad(fn: Callable[[Tree], Tensor], point: Tree) -> Tree:
+    """Gradient of a scalar function at `point` that can be differentiated once more, by central differences.
+
+    The reverse product with a direction `u` costs two gradients. With a step of `eps^(1/4) max(1, ‖y‖) / ‖u‖` the
+    relative error on smooth losses is about 1e-8 in float64 and 1e-3 in float32.
+
+    Raises:
+        NotImplementedError: inside a `torch.func` transform, or when a second derivative of the result is asked for.
+    """
+    if internals.transforming():
+        raise NotImplementedError(
+            "the loss has no double backward, and finite differences do not work inside torch.func transforms; "
+            "use .backward() or torch.autograd.grad, or replace the operation that lacks a double backward"
+        )
+    flat, unravel = tree.ravel(point)
+    random = RandomState({torch.device("cpu"), flat.device})
+
+    def scalar(vector: Tensor) -> Tensor:
+        random.restore()  # the same dropout masks in every evaluation; the caller guards the present state
+        return fn(unravel(vector))
+
+    with torch.enable_grad():
+        origin = flat.detach().requires_grad_()
+        probe = origin.view_as(origin)
+        value = scalar(probe)
+        others = closure.scan_graph(value, probe, known=[origin]).leaves
+    return unravel(_DifferencedGradient.apply(scalar, flat, *others))
+
+
+class _DifferencedGradient(torch.autograd.Function):
+    """`y, z ↦ ∇_y scalar(y; z)`, its transpose by central differences of `∇_(y, z) scalar` along the cotangent."""
+
+    @staticmethod
+    def forward(ctx: Any, scalar: Callable[[Tensor], Tensor], flat: Tensor, *others: Tensor) -> Tensor:
+        ctx.scalar, ctx.others = scalar, others
+        ctx.save_for_backward(flat)
+        return _gradients(scalar, flat, ())[0]
+
+    @staticmethod
+    def backward(ctx: Any, direction: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "second derivatives need a double backward that an operation in the loss does not have "
+                "(a compiled model, a fused kernel); run the model eagerly or replace that operation"
+            )
+        (flat,) = ctx.saved_tensors
+        size = torch.linalg.vector_norm(direction)
+        scale = torch.finfo(flat.dtype).eps ** 0.25 * torch.linalg.vector_norm(flat).clamp(min=1)
+        step = torch.where(size > 0, scale / size, torch.ones_like(size))
+        ahead = _gradients(ctx.scalar, flat + step * direction, ctx.others)
+        behind = _gradients(ctx.scalar, flat - step * direction, ctx.others)
+        return None, *((plus - minus) / (2 * step) for plus, minus in zip(ahead, behind, strict=True))
+
+
+def _gradients(scalar: Callable[[Tensor], Tensor], flat: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        point = flat.detach().requires_grad_()
+        return torch.autograd.grad(scalar(point), [point, *others], materialize_grads=True)

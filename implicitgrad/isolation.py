@@ -1,0 +1,121 @@
+"""Run user code so that nothing the user owns changes, with kernels that can be differentiated twice."""
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from implicitgrad import internals
+from implicitgrad.composites import Composites
+from implicitgrad.surroundings import NOTHING, Surroundings
+
+
+class Isolation:
+    """Repeatable evaluations: each starts from the same random state, and leaves random state and buffers alone.
+
+    So a dropout mask is one and the same in every evaluation of a condition, running statistics of normalisation
+    layers do not move, and layers run in a form that can be differentiated as often as needed.
+
+    Args:
+        device: Where the inner variable lives; its random state is kept beside that of the CPU.
+        surroundings: What user code was found to call upon. Buffers of modules are guarded as the modules are called;
+            with compiled code among them, which a hook would disturb, those of the modules found here instead.
+    """
+
+    def __init__(self, device: torch.device, surroundings: Surroundings = NOTHING) -> None:
+        self._device = device
+        self._surroundings = surroundings
+        self._random = RandomState({torch.device("cpu"), device})
+
+    @contextmanager
+    def __call__(self, *, higher: bool = False) -> Iterator[None]:
+        """Context in which user code runs; `higher` if results may be differentiated three times or more."""
+        before = RandomState({torch.device("cpu"), self._device})
+        guard = _ModuleGuard()
+        self._random.restore()
+        handle = None if self._surroundings.compiled else register_module_forward_pre_hook(guard)
+        try:
+            if handle is None:
+                guard.enter(self._surroundings.modules)
+            with sdpa_kernel(SDPBackend.MATH), self._composites(higher):
+                yield
+        finally:
+            if handle is not None:
+                handle.remove()
+            guard.give_back()
+            before.restore()
+
+    def _composites(self, higher: bool) -> AbstractContextManager[object]:
+        return nullcontext() if self._surroundings.compiled else Composites(norms=higher)
+
+
+class RandomState:
+    """The random states of some devices at one moment."""
+
+    def __init__(self, devices: set[torch.device]) -> None:
+        self._states = {device: _module_of(device).get_rng_state(*_index(device)) for device in devices}
+
+    @classmethod
+    def seeded(cls, devices: set[torch.device], seed: int) -> "RandomState":
+        """The states right after seeding, without touching the present ones."""
+        made = cls(devices)
+        made._states = {device: torch.Generator(device).manual_seed(seed).get_state() for device in devices}
+        return made
+
+    def restore(self) -> None:
+        """Make these the present states."""
+        for device, state in self._states.items():
+            _module_of(device).set_rng_state(state, *_index(device))
+
+
+def _module_of(device: torch.device):
+    return torch if device.type == "cpu" else torch.get_device_module(device)
+
+
+def _index(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "cpu" else (device,)
+
+
+class _ModuleGuard:
+    """Lends copies of their buffers to modules in training mode, as they are called, and takes them back later."""
+
+    def __init__(self) -> None:
+        self._exchanged: set[nn.Module] = set()
+        self._seen: set[nn.Module] = set()
+        self._lent: dict[nn.Module, dict[str, Tensor | None]] = {}
+        self._thread = threading.get_ident()
+
+    def __call__(self, module: nn.Module, args: object) -> None:
+        if threading.get_ident() != self._thread:
+            return
+        if module in self._seen:
+            self._check_recomputation(module)
+        self.enter([module])
+
+    def enter(self, modules: Iterable[nn.Module]) -> None:
+        """Guard these from now on."""
+        for module in set(modules) - self._seen:
+            self._seen.add(module)
+            if any(value is not None and not isinstance(value, nn.Parameter) for value in module._parameters.values()):
+                self._exchanged.add(module)
+            if module.training and module._buffers:
+                self._lent[module] = module._buffers
+                module._buffers = {k: None if v is None else v.clone() for k, v in module._buffers.items()}
+
+    def _check_recomputation(self, module: nn.Module) -> None:
+        """Checkpointed blocks run again during the backward, when `functional_call` has put the weights back."""
+        if module not in self._exchanged or not internals.in_backward():
+            return
+        if any(isinstance(value, nn.Parameter) for value in module._parameters.values()):
+            raise RuntimeError(
+                f"activation checkpointing recomputes {type(module).__name__} with the module's own weights instead of "
+                "those given to torch.func.functional_call, so derivatives are wrong; call implicitgrad.functional(net)"
+            )
+
+    def give_back(self) -> None:
+        for module, own in self._lent.items():
+            module._buffers = own
