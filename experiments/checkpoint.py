@@ -30,9 +30,10 @@ def load_checkpoint(path: Path, settings: dict[str, Any]) -> Checkpoint:
     if not path.exists():
         return Checkpoint(settings, num_records=0, methods={})
     checkpoint = Checkpoint(**torch.load(path, weights_only=True))
-    if checkpoint.settings != settings:
+    changed = [key for key in settings if settings[key] != checkpoint.settings.get(key)]
+    if changed:
         raise ValueError(
-            f"{path} was made with settings {checkpoint.settings}; got {settings}. "
+            f"{path} was made with another value of {', '.join(changed)}. "
             "Resume with the same settings, or choose another hydra.run.dir."
         )
     return checkpoint

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -63,15 +64,14 @@ class BoundCondition:
         self.y = tree.map(closure.without_derivative, y)
         tree.check_vector_space(tree.leaves(self.y), "the solution y")
         self.flat, self.unravel = tree.ravel(self.y)
-        self._values, self._rebuild = tree.flatten((x, data))
-        self._places = [i for i, value in enumerate(self._values) if isinstance(value, Tensor)]
-        self._captured: list[Tensor] = []
-        self.inputs: list[Tensor] = [self._values[i] for i in self._places]
+        values, rebuild = tree.flatten((x, data))
+        self._arguments = _Arguments(values, rebuild)
+        self.inputs: list[Tensor] = self._arguments.tensors()
         _check_inputs(self.flat, self.inputs)
         twin = condition.first_order_twin()
         self.system = System(
-            self._residual(condition),
-            first_order_residual=None if twin is None else self._residual(twin),
+            _flat_residual(condition, self.y, self.unravel, self._arguments),
+            first_order_residual=twin and _flat_residual(twin, self.y, self.unravel, self._arguments),
             symmetric=condition.symmetric,
             probe=not condition.symmetric_by_construction,
             solver=options.solver or Auto(),
@@ -87,8 +87,8 @@ class BoundCondition:
         linearization = self.system.linearize(self.flat, self.inputs)
         if not linearization.scan.older and not (linearization.scan.leaves and internals.following_calls()):
             self._capture(linearization.scan.leaves)
-            linearization.inputs.extend(self._captured)
-            self.system.direct = self._captured
+            linearization.inputs.extend(self._arguments.captured)
+            self.system.direct = self._arguments.captured
             return
         # intermediate results: exchange them for leaves, so that no path is counted twice; inside the evaluation of
         # another condition: leaves on the graph may only stand for the tensors that user code refers to
@@ -108,29 +108,48 @@ class BoundCondition:
             self._capture(closure.record(self.system.residual, [self.flat, *self.inputs]))
 
     def _capture(self, tensors: Sequence[Tensor]) -> None:
-        self._captured = list(tensors)
-        self.inputs = [self._values[i] for i in self._places] + self._captured
+        self._arguments.captured = list(tensors)
+        self.inputs = self._arguments.tensors() + self._arguments.captured
 
-    def _residual(self, condition: OptimalityCondition) -> Callable[..., Tensor]:
-        """`(flat y, *inputs) -> flat residual`."""
 
-        def residual(flat: Tensor, *inputs: Tensor) -> Tensor:
-            explicit, captured = inputs[: len(self._places)], inputs[len(self._places) :]
-            values = list(self._values)
-            for i, value in zip(self._places, explicit, strict=True):
-                values[i] = value
-            x, data = self._rebuild(values)
-            with closure.Substitution(self._captured[: len(captured)], captured) as substitution:
-                result = tree.ravel_like(self.y, condition.residual(x, self.unravel(flat), *data))
-            if result.dtype != flat.dtype or result.device != flat.device:
-                raise TypeError(
-                    f"the residual is {result.dtype} on {result.device} but y is {flat.dtype} on {flat.device}; "
-                    "convert x, data and y to one dtype and device"
-                )
-            substitution.check_complete(result, (flat, *inputs))
-            return result
+class _Arguments:
+    """The leaves of `(x, data)`, and closed-over tensors: what a residual depends on besides `y`."""
 
-        return residual
+    def __init__(self, values: list[Any], rebuild: Callable[[Sequence[Any]], Tree]) -> None:
+        self._values, self._rebuild = values, rebuild
+        self._places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
+        self.captured: list[Tensor] = []
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors among the leaves, in order."""
+        return [self._values[i] for i in self._places]
+
+    def split(self, inputs: Sequence[Tensor]) -> tuple[Tree, Sequence[Tensor]]:
+        """`(x, data)` with other tensors, and what stands for closed-over ones."""
+        values = list(self._values)
+        for i, value in zip(self._places, inputs, strict=False):
+            values[i] = value
+        return self._rebuild(values), inputs[len(self._places) :]
+
+
+def _flat_residual(
+    condition: OptimalityCondition, y: Tree, unravel: Callable[[Tensor], Tree], arguments: _Arguments
+) -> Callable[..., Tensor]:
+    """`(flat y, *inputs) -> flat residual` of a condition; it refers to no system: cycles would keep graphs alive."""
+
+    def residual(flat: Tensor, *inputs: Tensor) -> Tensor:
+        (x, data), captured = arguments.split(inputs)
+        with closure.Substitution(arguments.captured[: len(captured)], captured) as substitution:
+            result = tree.ravel_like(y, condition.residual(x, unravel(flat), *data))
+        if result.dtype != flat.dtype or result.device != flat.device:
+            raise TypeError(
+                f"the residual is {result.dtype} on {result.device} but y is {flat.dtype} on {flat.device}; "
+                "convert x, data and y to one dtype and device"
+            )
+        substitution.check_complete(result, (flat, *inputs))
+        return result
+
+    return residual
 
 
 def check_condition(condition: object) -> None:

@@ -77,15 +77,16 @@ class System:
     def linearize(self, y: Tensor, inputs: Sequence[Tensor]) -> Linearization:
         """The residual's graph at this solution, made on first need and after `release`; call it in isolation."""
         if self._linearization is None:
-            self._linearization = Linearization(
-                self.residual,
-                y,
-                inputs,
-                tracked=[value.requires_grad for value in inputs],
-                direct=self.direct,
-                symmetric=self._symmetric,
-                noise=0.0 if self.record.route == "retained graph" else hvp.noise(y.dtype),
-            )
+            with self.isolation.layers(higher=False):
+                self._linearization = Linearization(
+                    self.residual,
+                    y,
+                    inputs,
+                    tracked=[value.requires_grad for value in inputs],
+                    direct=self.direct,
+                    symmetric=self._symmetric,
+                    noise=0.0 if self.record.route == "retained graph" else hvp.noise(y.dtype),
+                )
         return self._linearization
 
     def release(self) -> None:
@@ -237,12 +238,12 @@ class System:
                 full[i] = part
             return self.residual(y, *full)
 
-        with self.isolation(higher=True):
+        with self.isolation(), self.isolation.layers(higher=True):
             return tree.vjp(restricted, [inputs[i] for i in chosen], cotangent)
 
     def push(self, y: Tensor, inputs: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> Tensor:
         """`∂r/∂inputs · tangents`, differentiable."""
-        with self.isolation(higher=True):
+        with self.isolation(), self.isolation.layers(higher=True):
             return tree.jvp(self.residual, (y, *inputs), (None, *tangents))
 
     def product(self, y: Tensor, inputs: Sequence[Tensor], u: Tensor, transposed: bool) -> Tensor:
@@ -250,7 +251,7 @@ class System:
         if u.dim() > y.dim():
             return torch.func.vmap(lambda row: self.product(y, inputs, row, transposed))(u)
         at_inputs = lambda point: self.residual(point, *inputs)  # noqa: E731
-        with self.isolation(higher=True):
+        with self.isolation(), self.isolation.layers(higher=True):
             if transposed or self._symmetric:
                 (result,) = tree.vjp(at_inputs, (y,), u)
                 assert result is not None

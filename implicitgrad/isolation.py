@@ -18,7 +18,7 @@ class Isolation:
     """Repeatable evaluations: each starts from the same random state, and leaves random state and buffers alone.
 
     So a dropout mask is one and the same in every evaluation of a condition, running statistics of normalisation
-    layers do not move, and layers run in a form that can be differentiated as often as needed.
+    layers do not move, and attention runs on the one kernel that has a double backward.
 
     Args:
         device: Where the inner variable lives; its random state is kept beside that of the CPU.
@@ -32,8 +32,8 @@ class Isolation:
         self._random = RandomState({torch.device("cpu"), device})
 
     @contextmanager
-    def __call__(self, *, higher: bool = False) -> Iterator[None]:
-        """Context in which user code runs; `higher` if results may be differentiated three times or more."""
+    def __call__(self) -> Iterator[None]:
+        """Context in which user code runs, also as part of a backward pass."""
         before = RandomState({torch.device("cpu"), self._device})
         guard = _ModuleGuard()
         self._random.restore()
@@ -41,7 +41,7 @@ class Isolation:
         try:
             if handle is None:
                 guard.enter(self._surroundings.modules)
-            with sdpa_kernel(SDPBackend.MATH), self._composites(higher):
+            with sdpa_kernel(SDPBackend.MATH):
                 yield
         finally:
             if handle is not None:
@@ -49,7 +49,14 @@ class Isolation:
             guard.give_back()
             before.restore()
 
-    def _composites(self, higher: bool) -> AbstractContextManager[object]:
+    def layers(self, *, higher: bool) -> AbstractContextManager[object]:
+        """Context for the forward part of user code, in which layers run as composites where they must.
+
+        Follows each torch call, so nothing that loops should run inside.
+
+        Args:
+            higher: Results may be differentiated three times or more.
+        """
         return nullcontext() if self._surroundings.compiled else Composites(norms=higher)
 
 

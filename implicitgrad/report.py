@@ -241,7 +241,7 @@ class Policy:
                 solve.kind,
                 f"the {solve.kind} system was not solved: {solve.solver} stopped after {solve.iterations} iterations "
                 f"with relative residual {solve.relative_residual:.1e} ({solve.reason}). "
-                "Raise max_iter, use another linear solver, or loosen rtol.",
+                "Allow more iterations, use another linear solver, or loosen rtol.",
             )
 
     def _complain(self, kind: str, text: str) -> None:

@@ -5,6 +5,8 @@ differentiates by itself. 1e-8 is the accuracy promised for linear solvers that 
 """
 
 import functools
+import gc
+import weakref
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -935,3 +937,26 @@ def test_a_condition_around_another_condition_that_closes_over_a_leaf() -> None:
         return ig.implicit_root(ig.Stationary(loss), x, x / (1 + w.sin() ** 2)).sum()
 
     assert disagreements(solve, lambda w: (x / (1 + w.sin() ** 2)).sum(), torch.tensor([0.5, 0.9])) == []
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_nothing_outlives_the_result(backward: bool) -> None:
+    class Token:
+        pass
+
+    token = Token()
+    alive = weakref.ref(token)
+    x = torch.tensor([2.0, 3.0], requires_grad=True)
+
+    def loss(x: Tensor, y: Tensor, token: Token = token) -> Tensor:
+        return (y - x).square().sum()
+
+    gc.disable()  # reference counts alone must do it, or graphs would pile up on a device
+    try:
+        y = ig.implicit_root(ig.Stationary(loss), x, x.detach())
+        if backward:
+            y.sum().backward()
+        del y, loss, token
+        assert alive() is None
+    finally:
+        gc.enable()
