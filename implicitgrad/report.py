@@ -230,8 +230,8 @@ class Policy:
                 "inner",
                 f"the inner solution does not satisfy its condition: {report.condition} residual "
                 f"{report.inner_residual:.1e}, relative {report.inner_relative:.1e} > {self.inner_tolerance:.1e}. "
-                "Derivatives are off by about as much. Solve the inner problem more accurately, correct the "
-                "condition, or raise inner_tolerance.",
+                "Derivatives are off by up to that times the condition number of the Jacobian. Solve the inner "
+                "problem more accurately, correct the condition, or raise inner_tolerance.",
             )
 
     def judge_solve(self, solve: LinearSolve) -> None:

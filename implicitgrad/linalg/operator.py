@@ -81,7 +81,7 @@ class LinearOperator:
         self.symmetric = symmetric
         self.definite = definite
         self.dtype = dtype
-        self.device = torch.device(device)
+        self.device = torch.empty(0, device=device).device  # with its index, as tensors carry it
         self.batch_shape = tuple(batch_shape)
         self._matvec = matvec
         self._matmat = matmat or by_rows(matvec)
