@@ -8,11 +8,11 @@ from torch import Tensor
 
 from implicitgrad import closure, internals, report, tree
 from implicitgrad.conditions import OptimalityCondition
-from implicitgrad.equation import System
 from implicitgrad.isolation import Isolation
 from implicitgrad.linalg import Auto, LinearSolver
 from implicitgrad.report import OnUnconverged, Policy, Report, call_site
 from implicitgrad.surroundings import look_around
+from implicitgrad.system import System
 from implicitgrad.tree import Tree
 
 
@@ -76,8 +76,9 @@ class BoundCondition:
             probe=not condition.symmetric_by_construction,
             solver=options.solver or Auto(),
             policy=options.policy(),
-            record=Report(type(condition).__name__),
+            record=Report(type(condition).__name__, route=condition.route),
             isolation=Isolation(self.flat.device, look_around(condition, x, data)),
+            transformed=internals.transforming() or internals.in_dual_level(),
         )
 
     def linearize_eagerly(self) -> None:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 from torch.overrides import TorchFunctionMode
 
 from implicitgrad import internals, tree
@@ -37,16 +37,16 @@ class GraphScan:
     custom: bool
 
 
-def scan_graph(output: Tensor, origin: Tensor, known: Sequence[Tensor]) -> GraphScan:
+def scan_graph(output: Tensor, origin: Tensor | None, known: Sequence[Tensor]) -> GraphScan:
     """Look through the graph that an evaluation left behind `output`.
 
     Args:
         output: Result of an evaluation, with or without a graph.
-        origin: Tensor whose graph node was made first in the evaluation; older nodes were made outside.
+        origin: Tensor whose graph node was made first in the evaluation; older nodes were made outside. None if none
+            were.
         known: Leaves that are already explicit.
     """
-    assert origin.grad_fn is not None
-    start = origin.grad_fn._sequence_nr()
+    start = -1 if origin is None or origin.grad_fn is None else origin.grad_fn._sequence_nr()
     skip = {id(tensor) for tensor in known}
     found: dict[int, Tensor] = {}
     older = dead_ends = custom = False
@@ -57,7 +57,7 @@ def scan_graph(output: Tensor, origin: Tensor, known: Sequence[Tensor]) -> Graph
             dead_ends = True
         elif leaf is None:
             older = older or is_older(node)
-            custom = custom or isinstance(node, torch.autograd.function.BackwardCFunction)
+            custom = custom or isinstance(node, BackwardCFunction)
         elif id(leaf) not in skip:
             found[id(leaf)] = leaf
     return GraphScan(list(found.values()), older, dead_ends, custom)
@@ -196,5 +196,5 @@ def without_derivative(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
     if internals.in_dual_level() and not internals.transforming():
-        leaf = torch.autograd.forward_ad.unpack_dual(leaf).primal
+        leaf = internals.primal(leaf)
     return leaf.detach()

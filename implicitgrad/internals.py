@@ -85,6 +85,11 @@ def has_tangent(tensor: Tensor) -> bool:
         return forward_ad.unpack_dual(tensor).tangent is not None
 
 
+def primal(tensor: Tensor) -> Tensor:
+    """A dual number of the forward-mode level open now without its tangent."""
+    return forward_ad.unpack_dual(tensor).primal
+
+
 def without_forward_mode() -> AbstractContextManager[object]:
     """Context in which operations compute no tangents."""
     return forward_ad._set_fwd_grad_enabled(False)

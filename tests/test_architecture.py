@@ -21,6 +21,7 @@ ROOMS = [
     "curvature",
     "conditions",
     "report",
+    "system",
     "equation",
     "binding",
     "implicit",

@@ -11,10 +11,12 @@ class OptimalityCondition(ABC):
     Attributes:
         symmetric: Whether the Jacobian `∂residual/∂y` is symmetric.
         symmetric_by_construction: Whether that needs no test, since the residual is a gradient.
+        route: How products with the Jacobian come about: `"retained graph"` or `"finite difference"`.
     """
 
     symmetric: bool = False
     symmetric_by_construction: bool = False
+    route: str = "retained graph"
 
     @abstractmethod
     def residual(self, x: Tree, y: Tree, *data: Tree) -> Tree:

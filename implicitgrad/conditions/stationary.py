@@ -6,7 +6,6 @@ from typing import Literal
 
 from torch import Tensor
 
-from implicitgrad import tree
 from implicitgrad.conditions.condition import OptimalityCondition
 from implicitgrad.curvature import hvp
 from implicitgrad.tree import Tree
@@ -45,7 +44,7 @@ class Stationary(OptimalityCondition):
 
     def residual(self, x: Tree, y: Tree, *data: Tree) -> Tree:
         """Gradient of the loss in `y`, a tree like `y`."""
-        gradient = tree.grad if self.route == "retained graph" else hvp.differenced_grad
+        gradient = hvp.marked_grad if self.route == "retained graph" else hvp.differenced_grad
         return gradient(lambda point: self.loss(x, point, *data), y)
 
     def first_order_twin(self) -> "Stationary | None":

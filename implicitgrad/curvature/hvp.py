@@ -49,6 +49,49 @@ def differenced_grad(fn: Callable[[Tree], Tensor], point: Tree) -> Tree:
     return unravel(_DifferencedGradient.apply(scalar, flat, *others))
 
 
+def marked_grad(fn: Callable[[Tree], Tensor], point: Tree) -> Tree:
+    """Gradient of a scalar function at `point`, like `tree.grad`, on a graph that shows custom functions of `fn`.
+
+    A custom backward that computes outside torch leaves no trace on the graph of the gradient. Where custom functions
+    take part in `fn`, the result therefore passes through one more, which changes nothing.
+    """
+    custom: list[bool] = []
+
+    def watched(tree_point: Tree) -> Tensor:
+        landmark = None  # what is older was not made by fn; inside a transform nothing is older
+        if not internals.transforming():
+            landmark = torch.zeros((), requires_grad=True).view(())
+        value = fn(tree_point)
+        if isinstance(value, Tensor):
+            custom.append(closure.scan_graph(value, landmark, known=[]).custom)
+        return value
+
+    gradient = tree.grad(watched, point)
+    return tree.map(_Mark.apply, gradient) if any(custom) else gradient
+
+
+class _Mark(torch.autograd.Function):
+    """The identity, as a node that `closure.scan_graph` counts as custom."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:  # type: ignore[override]
+        return cotangent
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # type: ignore[override]
+        return tangent.view_as(tangent)
+
+
 class _DifferencedGradient(torch.autograd.Function):
     """`y, z ↦ ∇_y scalar(y; z)`, its transpose by central differences of `∇_(y, z) scalar` along the cotangent."""
 

@@ -10,6 +10,7 @@ from implicitgrad.linalg.minres import MINRES
 from implicitgrad.linalg.neumann import Neumann
 from implicitgrad.linalg.operator import LinearOperator
 from implicitgrad.linalg.solver import LinearSolver, Solution
+from implicitgrad.linalg.symmetry import irregular
 
 __all__ = [
     "CG",
@@ -24,4 +25,5 @@ __all__ = [
     "Neumann",
     "Solution",
     "check_symmetric",
+    "irregular",
 ]

@@ -10,7 +10,7 @@ from implicitgrad.linalg.rows import row_norm, safe_row_norm
 from implicitgrad.linalg.symmetry import symmetry_tolerance
 
 
-class System(NamedTuple):
+class CheckedSystem(NamedTuple):
     """A checked system ``A x = b``, free of autograd graphs and scaled row by row to |b| = 1.
 
     The scaling lets one set of thresholds serve right-hand sides of any size: squares of 1e-30 are zero in float32.
@@ -22,7 +22,7 @@ class System(NamedTuple):
     zero: bool  # every right-hand side is zero
 
 
-def check_system(name: str, A: LinearOperator, b: Tensor, x0: Tensor | None) -> System:
+def check_system(name: str, A: LinearOperator, b: Tensor, x0: Tensor | None) -> CheckedSystem:
     """Refuse what no solver can take; otherwise the system that it works on. One transfer from the device.
 
     Raises:
@@ -49,11 +49,11 @@ def check_system(name: str, A: LinearOperator, b: Tensor, x0: Tensor | None) -> 
     if not is_finite:
         raise FloatingPointError(f"{name} got NaN or infinity in b or x0; find out where it arose before solving.")
     if not is_nonzero:
-        return System(b, None, torch.zeros_like(row_norm(b)), zero=True)
+        return CheckedSystem(b, None, torch.zeros_like(row_norm(b)), zero=True)
     norm = safe_row_norm(b)
     divisor = torch.where(norm > 0, norm, 1)
     start = None if x0 is None else torch.where(norm > 0, x0.detach() / divisor, 0).contiguous()
-    return System((b / divisor).contiguous(), start, norm, zero=False)
+    return CheckedSystem((b / divisor).contiguous(), start, norm, zero=False)
 
 
 def check_rtol(name: str, rtol: float | None) -> None:

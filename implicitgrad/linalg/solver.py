@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from implicitgrad.linalg.checks import System
+from implicitgrad.linalg.checks import CheckedSystem
 from implicitgrad.linalg.operator import LinearOperator
 
 
@@ -71,7 +71,7 @@ class Products:
         return (self._A @ v).detach()
 
 
-def zero_solution(solver: str, system: System) -> Solution:
+def zero_solution(solver: str, system: CheckedSystem) -> Solution:
     """The solution for right-hand sides that are all zero, at no cost."""
     norm = system.scale.reshape(system.b.shape[:-1])
     return Solution(torch.zeros_like(system.b), norm, norm, 0, 0, True, "zero right-hand side", solver, 0)
@@ -79,7 +79,7 @@ def zero_solution(solver: str, system: System) -> Solution:
 
 def unscaled_solution(
     solver: str,
-    system: System,
+    system: CheckedSystem,
     x: Tensor,
     relative: Tensor,
     *,

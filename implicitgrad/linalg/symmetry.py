@@ -15,7 +15,7 @@ def asymmetry(product: Product, example: Tensor, generator: torch.Generator | No
         generator: draws u and v; by default they are fixed irregular sequences, since drawing is forbidden inside some
             transforms.
     """
-    u, v = _irregular_pair(example) if generator is None else _random_pair(example, generator)
+    u, v = (irregular(example), irregular(example, 3**0.5)) if generator is None else _random_pair(example, generator)
     Au, Av = product(u).detach(), product(v).detach()
     dot, norm = torch.linalg.vecdot, torch.linalg.vector_norm
     size = norm(u, dim=-1) * norm(Av, dim=-1) + norm(v, dim=-1) * norm(Au, dim=-1)
@@ -23,11 +23,11 @@ def asymmetry(product: Product, example: Tensor, generator: torch.Generator | No
     return torch.where(size == 0, gap, gap / size).amax().item()
 
 
-def _irregular_pair(example: Tensor) -> tuple[Tensor, Tensor]:
-    """sin(k²) and cos(√2 k²): neither repeats, and no matrix of practice is built to deceive them."""
+def irregular(example: Tensor, pace: float = 1.0) -> Tensor:
+    """A vector like `example` with rows of norm one that no matrix of practice is built to deceive: sin(pace · k²)."""
     squares = torch.arange(1, example.numel() + 1, dtype=torch.float64, device=example.device).square()
-    pair = squares.sin(), (2**0.5 * squares).cos()
-    return pair[0].reshape(example.shape).to(example.dtype), pair[1].reshape(example.shape).to(example.dtype)
+    rows = (pace * squares).sin().reshape(example.shape)
+    return (rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True)).to(example.dtype)
 
 
 def _random_pair(example: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
