@@ -156,6 +156,20 @@ def shown(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.view_as(tensor) for tensor in tensors] if internals.following_calls() else list(tensors)
 
 
+class Refusal(TorchFunctionMode):
+    """While active, a torch call that receives one of `tensors` raises: the condition closes over `what`."""
+
+    def __init__(self, tensors: Sequence[Tensor], what: str) -> None:
+        super().__init__()
+        self._refused = {id(tensor) for tensor in tensors}
+        self._what = what
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(id(leaf) in self._refused for leaf in tree.leaves((args, kwargs))):
+            raise ValueError(f"the condition closes over {self._what}")
+        return func(*args, **(kwargs or {}))
+
+
 class _Recorder(TorchFunctionMode):
     """Notes tensors that torch calls receive and that no call before has returned.
 

@@ -31,6 +31,9 @@ class Composites(TorchFunctionMode):
                 F.batch_norm: _batch_norm,
                 F.instance_norm: _instance_norm,
                 torch.layer_norm: _torch_layer_norm,
+                torch.native_layer_norm: _native_layer_norm,
+                torch.batch_norm: _torch_batch_norm,
+                torch.instance_norm: _torch_instance_norm,
             }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -62,6 +65,43 @@ def _torch_layer_norm(
     cudnn_enable: bool = True,
 ) -> Tensor:
     return _layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def _native_layer_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dims = list(range(-len(normalized_shape), 0))
+    mean = input.mean(dims, keepdim=True)
+    rstd = ((input - mean).square().mean(dims, keepdim=True) + eps).rsqrt()
+    return _affine((input - mean) * rstd, weight, bias), mean, rstd
+
+
+def _torch_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _torch_instance_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    return _instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
 
 
 def _batch_norm(

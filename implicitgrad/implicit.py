@@ -40,7 +40,7 @@ def implicit(
         inner_tolerance: Largest residual relative to `‖∂r/∂y · y‖` that passes; no unit.
 
     Returns:
-        A decorator; the decorated function has the signature of the solver.
+        A decorator; the decorated function takes the solver's arguments, by position.
 
     Example:
         >>> import torch, implicitgrad as ig

@@ -1,5 +1,6 @@
 """What happened in a solve: residuals, iterations, reason; and the warnings and errors that follow from it."""
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from torch import Tensor
 from implicitgrad.linalg import Solution
 
 OnUnconverged = Literal["warn", "raise", "ignore"]
-_PACKAGE = str(Path(__file__).parent)
+_PACKAGE = str(Path(__file__).parent) + os.sep
 
 
 class ConvergenceWarning(UserWarning):

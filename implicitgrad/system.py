@@ -242,10 +242,6 @@ class System:
         self._policy.judge_solve(solve)
         return solution.value.reshape(b.shape)
 
-    def start_from(self, other: "System") -> None:
-        """Let the linear systems start from the solutions of a system nearby."""
-        self._starts = dict(other._starts)
-
     def pullback(self, cotangent: Tensor, y: Tensor, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> list:
         """`cotangent · ∂r/∂inputs` for the wanted inputs, None for the rest; differentiable when gradients are on."""
         chosen = [i for i, want in enumerate(wanted) if want]
@@ -321,9 +317,8 @@ def _scaled_start(known: tuple[Tensor, Tensor] | None, b: Tensor) -> Tensor | No
     if known is None or known[0].shape != b.shape:
         return None
     earlier, solution = known
-    sizes = [torch.linalg.vector_norm(v, dim=-1, keepdim=True) for v in (b, earlier)]  # no square may overflow
-    unit_b, unit_earlier = (
-        v / torch.where(n > 0, n, torch.ones_like(n)) for v, n in zip((b, earlier), sizes, strict=True)
-    )
-    overlap = (unit_b * unit_earlier).sum(-1, keepdim=True)
-    return torch.where(sizes[1] > 0, overlap * (sizes[0] / sizes[1]), torch.zeros_like(overlap)) * solution
+    tiny = torch.finfo(b.dtype).tiny
+    sizes = [v.abs().amax(-1, keepdim=True).clamp(min=tiny) for v in (b, earlier)]
+    new, old = b / sizes[0], earlier / sizes[1]  # so that no square overflows
+    overlap = (new * old).sum(-1, keepdim=True) / (old * old).sum(-1, keepdim=True).clamp(min=tiny)
+    return overlap * (sizes[0] / sizes[1]) * solution

@@ -119,6 +119,8 @@ def check_vector_space(values: Sequence[Any], name: str = "the tree") -> None:
     """Raise unless `values` are real floating point tensors of one dtype on one device."""
     if not values:
         raise ValueError(f"{name} has no leaves; it needs at least one tensor")
+    if all(isinstance(value, Tensor) and value.numel() == 0 for value in values):
+        raise ValueError(f"{name} is empty; it needs at least one number")
     for value in values:
         if not isinstance(value, Tensor):
             raise TypeError(

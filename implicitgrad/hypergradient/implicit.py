@@ -1,12 +1,13 @@
 """The hypergradient of an upper loss by implicit differentiation, with an estimate of its error."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from implicitgrad import tree
+from implicitgrad import closure, tree
 from implicitgrad.binding import BoundCondition, Options
 from implicitgrad.conditions import OptimalityCondition
 from implicitgrad.linalg import LinearSolver
@@ -20,12 +21,13 @@ class Hypergradient:
 
     Attributes:
         value: `dF(x, y(x))/dx`, a tree like `x`.
-        error_estimate: Estimated Euclidean norm of the error of the uncorrected hypergradient, in its own units. An
-            estimate, not a bound.
+        error_estimate: Estimated Euclidean norm of the error of the uncorrected hypergradient, in its own units: from
+            an inexact `y` and an inexact adjoint. An estimate, not a bound; infinite if a linear system was not solved.
         inner_error_bound: `‖y - y*‖ ≤ ‖residual‖ / strong_convexity`, if that constant was given. A bound when the
             inner loss is strongly convex with it everywhere.
         upper_value: `F(x, y)` at the given `y`.
-        y: The corrected inner solution where `correct=True`, else the given one.
+        y: The inner solution as given.
+        y_corrected: The same after one Newton step.
         report: Residuals, iterations and reasons.
     """
 
@@ -34,6 +36,7 @@ class Hypergradient:
     inner_error_bound: float | None
     upper_value: Tensor
     y: Tree
+    y_corrected: Tree
     report: Report
 
 
@@ -53,9 +56,10 @@ def hypergradient(
     """Gradient of `F(x, y(x))` where `y(x)` satisfies a condition, with an error estimate.
 
     `h = ∇ₓF - Bᵀu` with `Aᵀu = ∇_yF`, `A = ∂r/∂y`, `B = ∂r/∂x`, all at the given `y`. For the estimate one Newton step
-    `y⁺ = y - A⁻¹r(y)` moves `y` towards the true solution and the adjoint is solved again there, starting from `u`:
-    `error_estimate = ‖h - h⁺‖`. It follows the true error closely where that is small, since `h⁺` is off by its
-    square. The cost is two linear solves, the second nearly free of iterations.
+    `y⁺ = y - A⁻¹r(y)` moves `y` towards the true solution, and there the adjoint is corrected by solving for what is
+    left of its equation, `A⁺ᵀ(u⁺ - u) = ∇_yF⁺ - A⁺ᵀu`: `error_estimate = ‖h - h⁺‖`. It follows the true error closely
+    where that is small, since `h⁺` is off by its square, and by the square of the linear solver's tolerance. The cost
+    is three linear solves and two evaluations of the condition; a dense matrix is made twice.
 
     Args:
         upper: `F(x, y, *upper_data)`, a scalar.
@@ -65,7 +69,7 @@ def hypergradient(
         data: Further arguments of the condition.
         upper_data: Further arguments of `upper`, for example the validation set.
         solver: For the linear systems; `Auto()` if None.
-        correct: Return `h⁺` and `y⁺` in place of `h` and `y`.
+        correct: Return `h⁺` in place of `h`.
         strong_convexity: Constant `mu > 0` with `∇²_yy loss ⪰ mu I`, if known; buys `inner_error_bound`.
         on_unconverged: As in `implicit`.
         inner_tolerance: As in `implicit`; an inner solution that misses it is reported also when corrected.
@@ -94,16 +98,18 @@ def hypergradient(
     first = _Point(upper, condition, x, y, data, upper_data, options)
     step = first.bound.system.solve(first.residual, first.bound.flat, first.bound.inputs, transposed=False)
     y_corrected = first.bound.unravel(first.bound.flat - step)
-    relaxed = Options(solver, "ignore", inner_tolerance)
-    second = _Point(upper, condition, x, y_corrected, data, upper_data, relaxed, start=first)
+    second = _Point(upper, condition, x, y_corrected, data, upper_data, options, start=first)
     difference = torch.cat([(a - b).reshape(-1) for a, b in zip(first.value, second.value, strict=True)])
     record = first.bound.system.record
+    record.solves += second.bound.system.record.solves
+    solved = all(solve.converged for solve in record.solves)
     return Hypergradient(
         value=first.rebuild(second.value if correct else first.value),
-        error_estimate=torch.linalg.vector_norm(difference).item(),
+        error_estimate=torch.linalg.vector_norm(difference).item() if solved else math.inf,
         inner_error_bound=None if strong_convexity is None else record.inner_residual / strong_convexity,
         upper_value=first.upper_value,
-        y=y_corrected if correct else first.bound.y,
+        y=first.bound.y,
+        y_corrected=y_corrected,
         report=record,
     )
 
@@ -129,20 +135,29 @@ class _Point:
         own = [leaf.detach().requires_grad_() for leaf in leaves]
         x = self.rebuild(own)
         self.bound = BoundCondition(condition, x, y, tree.detach(data), options)
-        with torch.enable_grad():
+        with torch.enable_grad(), closure.Refusal(leaves, "x; use the condition's own argument x"):
             self.bound.linearize_eagerly()
         system, flat, inputs = self.bound.system, self.bound.flat, self.bound.inputs
         self.residual = system.linearize(flat, inputs).value.detach()
         self.upper_value, direct, slope = self._upper_gradient(upper, x, own, upper_data)
-        if start is not None:
-            system.start_from(start.bound.system)
         wanted = [i < len(own) for i in range(len(inputs))]
         with torch.no_grad():
-            self.adjoint = system.solve(slope, flat, inputs, transposed=True)
+            self.adjoint = self._adjoint(slope, start)
             products: Sequence[Tensor] = system.pullback(-self.adjoint, flat, inputs, wanted)
         self.value = [a + b for a, b in zip(direct, products[: len(own)], strict=True)]
         for value in self.value:
             check_finite(value, "the hypergradient")
+
+    def _adjoint(self, slope: Tensor, start: "_Point | None") -> Tensor:
+        """`u` with `Aᵀu = slope`; with a start, that one corrected by solving for its residual."""
+        system, flat, inputs = self.bound.system, self.bound.flat, self.bound.inputs
+        if start is None:
+            return system.solve(slope, flat, inputs, transposed=True)
+        left = slope - system.product(flat, inputs, start.adjoint, transposed=True)
+        rounding = 100 * torch.finfo(slope.dtype).eps * torch.linalg.vector_norm(slope)
+        if torch.linalg.vector_norm(left) <= rounding:
+            return start.adjoint
+        return start.adjoint + system.solve(left, flat, inputs, transposed=True)
 
     def _upper_gradient(
         self, upper: Callable[..., Tensor], x: Tree, own: list[Tensor], upper_data: tuple
