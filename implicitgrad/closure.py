@@ -157,7 +157,7 @@ def shown(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Refusal(TorchFunctionMode):
-    """While active, a torch call that receives one of `tensors` raises: the condition closes over `what`."""
+    """While active, a torch call that receives one of `tensors` raises ValueError: the call reaches `what`."""
 
     def __init__(self, tensors: Sequence[Tensor], what: str) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class Refusal(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(id(leaf) in self._refused for leaf in tree.leaves((args, kwargs))):
-            raise ValueError(f"the condition closes over {self._what}")
+            raise ValueError(f"the call reaches {self._what}")
         return func(*args, **(kwargs or {}))
 
 

@@ -22,31 +22,42 @@ class Isolation:
 
     Args:
         device: Where the inner variable lives; its random state is kept beside that of the CPU.
-        surroundings: What user code was found to call upon. Buffers of modules are guarded as the modules are called;
-            with compiled code among them, which a hook would disturb, those of the modules found here instead.
+        surroundings: What user code was found to call upon. Its modules are guarded from the start; others as they are
+            called, unless compiled code is among them, which a hook would disturb.
     """
 
     def __init__(self, device: torch.device, surroundings: Surroundings = NOTHING) -> None:
-        self._device = device
+        self._devices = {torch.device("cpu"), device}
         self._surroundings = surroundings
-        self._random = RandomState({torch.device("cpu"), device})
+        self._random = RandomState(self._devices)
+        self._draws: bool | None = None  # whether user code draws random numbers; unknown before it ran
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
         """Context in which user code runs, also as part of a backward pass."""
-        before = RandomState({torch.device("cpu"), self._device})
+        before = None if self._draws is False else RandomState(self._devices)
         guard = _ModuleGuard()
-        self._random.restore()
+        if before is not None and before != self._random:
+            self._random.restore()
         handle = None if self._surroundings.compiled else register_module_forward_pre_hook(guard)
         try:
-            if handle is None:
-                guard.enter(self._surroundings.modules)
-            with sdpa_kernel(SDPBackend.MATH):
+            guard.enter(self._surroundings.modules)
+            with _math_attention:
                 yield
         finally:
             if handle is not None:
                 handle.remove()
             guard.give_back()
+            if before is not None:
+                self._settle(before)
+
+    def _settle(self, before: "RandomState") -> None:
+        """Put the random state back, and note whether that will be needed again: other threads share it."""
+        if RandomState(self._devices) != self._random:
+            self._draws = True
+        elif self._draws is None:
+            self._draws = False
+        if before != self._random or self._draws:
             before.restore()
 
     def layers(self, *, higher: bool) -> AbstractContextManager[object]:
@@ -58,6 +69,31 @@ class Isolation:
             higher: Results may be differentiated three times or more.
         """
         return nullcontext() if self._surroundings.compiled else Composites(norms=higher)
+
+
+class _MathAttention:
+    """The attention kernel that has a double backward, for as long as any thread needs it: the switch is global."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._switch: AbstractContextManager[object] = nullcontext()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._switch = sdpa_kernel(SDPBackend.MATH)
+                self._switch.__enter__()
+            self._users += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._switch.__exit__(None, None, None)
+
+
+_math_attention = _MathAttention()
 
 
 class RandomState:
@@ -72,6 +108,11 @@ class RandomState:
         made = cls(devices)
         made._states = {device: torch.Generator(device).manual_seed(seed).get_state() for device in devices}
         return made
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RandomState) or self._states.keys() != other._states.keys():
+            return NotImplemented
+        return all(torch.equal(state, other._states[device]) for device, state in self._states.items())
 
     def restore(self) -> None:
         """Make these the present states."""

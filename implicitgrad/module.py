@@ -2,11 +2,13 @@
 
 import types
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from implicitgrad.closure import Refusal
 from implicitgrad.isolation import RandomState
 from implicitgrad.surroundings import is_compiled
 
@@ -61,6 +63,7 @@ class FunctionalModule:
         if unknown := set(buffers or ()) - known:
             raise ValueError(f"the module has no buffers {sorted(unknown)}; it has {sorted(known)}")
         self._buffers = dict(buffers or {})
+        self._checked = False
         self._devices = {torch.device("cpu"), *(parameter.device for parameter in self.net.parameters())}
         self._random = RandomState(self._devices) if rng is None else RandomState.seeded(self._devices, rng)
 
@@ -78,9 +81,22 @@ class FunctionalModule:
         before = RandomState(self._devices)
         self._random.restore()
         try:
-            return shell(*args, **kwargs)
+            with nullcontext() if self._checked else self._refuse_own(params):
+                result = shell(*args, **kwargs)
+            self._checked = True
+            return result
         finally:
             before.restore()
+
+    def _refuse_own(self, params: Mapping[str, Tensor]) -> AbstractContextManager[object]:
+        """During the first call: raise if code of the module reaches its own parameters instead of `params`."""
+        own = dict(self.net.named_parameters(remove_duplicate=False))
+        replaced = [own[name] for name in params if own[name] is not params[name]]
+        return Refusal(
+            replaced,
+            "the module's own parameters: a lambda, a partial or a hook inside the module refers to it; use "
+            "torch.func.functional_call, or make that reference a method or a submodule",
+        )
 
     def _shell(self, params: Mapping[str, Tensor]) -> nn.Module:
         """A copy of the module tree that holds `params`; tensors are shared, no value is copied but buffers."""

@@ -1,7 +1,6 @@
 """Modules that a function can call upon, found by looking at it without running it."""
 
 import functools
-import sys
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a function refers to, as far as compiled code may be among it.
+    """What a function refers to.
 
     Attributes:
         modules: Modules and their submodules.
@@ -30,8 +29,6 @@ NOTHING = Surroundings((), False)
 
 def look_around(*roots: Any) -> Surroundings:
     """Look through closures, globals in use, bound objects, partial arguments and containers behind `roots`."""
-    if "torch._dynamo" not in sys.modules:
-        return NOTHING
     modules: dict[nn.Module, None] = {}
     compiled = False
     seen: set[int] = set()

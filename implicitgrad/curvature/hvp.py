@@ -12,6 +12,7 @@ from torch import Tensor
 
 from implicitgrad import closure, internals, tree
 from implicitgrad.isolation import RandomState
+from implicitgrad.linalg import irregular
 from implicitgrad.tree import Tree
 
 
@@ -23,8 +24,9 @@ def noise(dtype: torch.dtype) -> float:
 def differenced_grad(fn: Callable[[Tree], Tensor], point: Tree) -> Tree:
     """Gradient of a scalar function at `point` that can be differentiated once more, by central differences.
 
-    The reverse product with a direction `u` costs two gradients. With a step of `eps^(1/4) max(1, ‖y‖) / ‖u‖` the
-    relative error on smooth losses is about 1e-8 in float64 and 1e-3 in float32.
+    The reverse product with a direction `u` costs two gradients. The step is `eps^(1/4) s / ‖u‖` with a scale `s`
+    between `‖y‖` and 1: of three candidates the one whose products with half and full step agree best. The relative
+    error on smooth losses is about 1e-8 in float64 and 1e-3 in float32.
 
     Raises:
         NotImplementedError: inside a `torch.func` transform, or when a second derivative of the result is asked for.
@@ -46,7 +48,32 @@ def differenced_grad(fn: Callable[[Tree], Tensor], point: Tree) -> Tree:
         probe = origin.view_as(origin)
         value = scalar(probe)
         others = closure.scan_graph(value, probe, known=[origin]).leaves
-    return unravel(_DifferencedGradient.apply(scalar, flat, *others))
+    return unravel(_DifferencedGradient.apply(scalar, _step_scale(scalar, origin.detach()), flat, *others))
+
+
+def _step_scale(scalar: Callable[[Tensor], Tensor], flat: Tensor) -> Tensor:
+    """How far to step from `flat` `(n,)`, up to the factor for the dtype; 0-dimensional."""
+    size = torch.linalg.vector_norm(flat)
+    if not 0 < size.item() < 1:
+        return torch.where(size > 0, size, torch.ones_like(size))
+    direction = irregular(flat)
+
+    def disagreement(scale: Tensor) -> Tensor:
+        whole, half = (_difference(scalar, flat, factor * scale * direction, ())[0] for factor in (1.0, 0.5))
+        return torch.linalg.vector_norm(whole - 2 * half) / torch.linalg.vector_norm(half)
+
+    candidates = [size, size.sqrt(), torch.ones_like(size)]
+    errors = torch.stack([disagreement(scale) for scale in candidates]).nan_to_num(nan=float("inf"))
+    return candidates[int(errors.argmin())]
+
+
+def _difference(
+    scalar: Callable[[Tensor], Tensor], flat: Tensor, displacement: Tensor, others: Sequence[Tensor]
+) -> list[Tensor]:
+    """Central differences of the gradient in `flat` and in others, over a displacement times eps^(1/4)."""
+    step = torch.finfo(flat.dtype).eps ** 0.25 * displacement
+    ahead, behind = (_gradients(scalar, flat + sign * step, others) for sign in (1, -1))
+    return [(plus - minus) / 2 for plus, minus in zip(ahead, behind, strict=True)]
 
 
 def marked_grad(fn: Callable[[Tree], Tensor], point: Tree) -> Tree:
@@ -96,8 +123,8 @@ class _DifferencedGradient(torch.autograd.Function):
     """`y, z ↦ ∇_y scalar(y; z)`, its transpose by central differences of `∇_(y, z) scalar` along the cotangent."""
 
     @staticmethod
-    def forward(ctx: Any, scalar: Callable[[Tensor], Tensor], flat: Tensor, *others: Tensor) -> Tensor:
-        ctx.scalar, ctx.others = scalar, others
+    def forward(ctx: Any, scalar: Callable[[Tensor], Tensor], scale: Tensor, flat: Tensor, *others: Tensor) -> Tensor:
+        ctx.scalar, ctx.scale, ctx.others = scalar, scale, others
         ctx.save_for_backward(flat)
         return _gradients(scalar, flat, ())[0]
 
@@ -110,11 +137,9 @@ class _DifferencedGradient(torch.autograd.Function):
             )
         (flat,) = ctx.saved_tensors
         size = torch.linalg.vector_norm(direction)
-        scale = torch.finfo(flat.dtype).eps ** 0.25 * torch.linalg.vector_norm(flat).clamp(min=1)
-        step = torch.where(size > 0, scale / size, torch.ones_like(size))
-        ahead = _gradients(ctx.scalar, flat + step * direction, ctx.others)
-        behind = _gradients(ctx.scalar, flat - step * direction, ctx.others)
-        return None, *((plus - minus) / (2 * step) for plus, minus in zip(ahead, behind, strict=True))
+        stretch = torch.where(size > 0, ctx.scale / size, torch.ones_like(size))
+        changes = _difference(ctx.scalar, flat, stretch * direction, ctx.others)
+        return None, None, *(change / (torch.finfo(flat.dtype).eps ** 0.25 * stretch) for change in changes)
 
 
 def _gradients(scalar: Callable[[Tensor], Tensor], flat: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -135,7 +135,7 @@ class _Point:
         own = [leaf.detach().requires_grad_() for leaf in leaves]
         x = self.rebuild(own)
         self.bound = BoundCondition(condition, x, y, tree.detach(data), options)
-        with torch.enable_grad(), closure.Refusal(leaves, "x; use the condition's own argument x"):
+        with torch.enable_grad(), closure.Refusal(leaves, "x by a closure; use the condition's argument x"):
             self.bound.linearize_eagerly()
         system, flat, inputs = self.bound.system, self.bound.flat, self.bound.inputs
         self.residual = system.linearize(flat, inputs).value.detach()
