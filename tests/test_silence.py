@@ -70,7 +70,7 @@ def test_a_kernel_without_second_derivatives_at_the_end_of_a_loss(kernel: Callab
 
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.hessian])
 def test_the_same_kernel_under_a_functional_transform_raises(transform: Callable) -> None:
-    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+    with pytest.raises(RuntimeError, match="cannot be differentiated again|tried to vmap over Quartic"):
         transform(lambda x: _root_of(Quartic.apply)(x).sum())(torch.tensor([1.0, -2.0]))
 
 
