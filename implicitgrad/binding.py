@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from implicitgrad import closure, internals, report, tree
@@ -83,6 +84,8 @@ class BoundCondition:
 
     def linearize_eagerly(self) -> None:
         """Evaluate the condition once on the graph that backward passes will use, and find what it closes over."""
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("torch.inference_mode forbids the derivatives needed here; use torch.no_grad")
         report.check_finite(self.flat, "the inner solution y")
         self.system.judge(self.flat, self.inputs)
         linearization = self.system.linearize(self.flat, self.inputs)

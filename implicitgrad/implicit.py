@@ -122,6 +122,10 @@ class ImplicitSolver:
             return self
         return ImplicitSolver(self.condition, types.MethodType(self.inner, instance), self.has_aux, self.options)
 
+    def __reduce__(self) -> str:
+        """Pickle by name, like the function that this stands for."""
+        return self.__qualname__
+
     def __call__(self, x: Tree, *data: Tree) -> Any:
         """Run the inner solver and attach its derivative."""
         y, aux = self.solve(x, *data)

@@ -6,6 +6,7 @@ differentiates by itself. 1e-8 is the accuracy promised for linear solvers that 
 
 import functools
 import gc
+import pickle
 import weakref
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
@@ -960,3 +961,12 @@ def test_nothing_outlives_the_result(backward: bool) -> None:
         assert alive() is None
     finally:
         gc.enable()
+
+
+@ig.implicit(ig.Stationary(lambda x, y: (y - x).square().sum()))
+def identity(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+def test_a_decorated_function_pickles_by_name() -> None:
+    assert pickle.loads(pickle.dumps(identity)) is identity
