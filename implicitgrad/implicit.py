@@ -124,7 +124,7 @@ class ImplicitSolver:
 
     def __reduce__(self) -> str:
         """Pickle by name, like the function that this stands for."""
-        return self.__qualname__
+        return self.inner.__qualname__
 
     def __call__(self, x: Tree, *data: Tree) -> Any:
         """Run the inner solver and attach its derivative."""
