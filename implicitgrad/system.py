@@ -106,8 +106,8 @@ class System:
         # near a solution of zero a relative error means nothing: an absolute one of eps^(3/4) passes too
         gain = torch.where(size > 0, size / torch.linalg.vector_norm(y, dim=-1), torch.ones_like(size))
         passes = (relative <= self._policy.inner_tolerance) | (norm <= torch.finfo(y.dtype).eps ** 0.75 * gain)
-        # rounding strays by far less, unless all terms cancel near a solution of zero: hence the smallest scale
-        stray = torch.finfo(y.dtype).eps ** 0.5 * (norm + size).max().clamp(min=1e-3)
+        # rounding strays by far less, unless large terms cancel near a solution of zero: hence a scale of at least one
+        stray = torch.finfo(y.dtype).eps ** 0.5 * (norm + size).max().clamp(min=1)
         self._reference = linearization.value.detach(), stray
         record = self.record
         record.size, record.batch = y.shape[-1], norm.numel()

@@ -237,3 +237,17 @@ def test_a_failed_allocation_is_not_taken_for_a_missing_derivative() -> None:
     x = torch.ones(2, requires_grad=True)
     with pytest.raises(torch.OutOfMemoryError):
         ig.implicit_root(ig.Stationary(lambda x, y: (Hungry.apply(y) - x).square().sum()), x, torch.ones(2))
+
+
+def test_rounding_near_a_solution_of_zero_is_not_taken_for_a_changed_condition() -> None:
+    features = torch.randn(4, 3, dtype=torch.float32)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        normalized = F.layer_norm(features * (1 + y), (3,))  # a constant sum: all terms of its gradient cancel
+        return (normalized.sum() + y.square().sum()) * x.sum()
+
+    x = torch.ones(2, requires_grad=True, dtype=torch.float32)
+    y = ig.implicit_root(ig.Stationary(loss), x, torch.zeros(3, dtype=torch.float32), inner_tolerance=1e9)
+    (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    assert first.isfinite().all() and second.isfinite().all()
