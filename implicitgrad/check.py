@@ -146,7 +146,7 @@ class _Probe:
     def directions(self, count: int, seed: int) -> list[tuple[int | None, list[Tensor]]]:
         """Unit directions: `count` in each leaf, with its index, and `count` across all leaves (index None)."""
         generator = torch.Generator().manual_seed(seed)
-        draw = lambda leaf: torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype).to(leaf.device)  # noqa: E731
+        draw = lambda leaf: torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype).to(leaf.device)
         chosen: list[int | None] = [*range(len(self._leaves))]
         if len(self._leaves) > 1:
             chosen.append(None)

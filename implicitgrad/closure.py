@@ -50,7 +50,7 @@ def scan_graph(output: Tensor, origin: Tensor | None, known: Sequence[Tensor]) -
     skip = {id(tensor) for tensor in known}
     found: dict[int, Tensor] = {}
     older = dead_ends = custom = False
-    is_older = lambda node: _leaf(node) is None and node._sequence_nr() < start  # noqa: E731
+    is_older = lambda node: _leaf(node) is None and node._sequence_nr() < start
     for node in _walk(output, stop=is_older):
         leaf = _leaf(node)
         if node.name() == "torch::autograd::Error":
@@ -121,7 +121,7 @@ class Substitution(TorchFunctionMode):
             super().__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        exchange = lambda leaf: self._new.get(id(leaf), leaf) if isinstance(leaf, Tensor) else leaf  # noqa: E731
+        exchange = lambda leaf: self._new.get(id(leaf), leaf) if isinstance(leaf, Tensor) else leaf
         if any(id(leaf) in self._new for leaf in tree.leaves((args, kwargs))):
             args, kwargs = tree.map(exchange, args), tree.map(exchange, kwargs or {})
         return func(*args, **(kwargs or {}))

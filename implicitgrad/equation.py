@@ -81,7 +81,7 @@ class _Root(torch.autograd.Function):
 
     @staticmethod
     @_batchable
-    def backward(ctx: Any, cotangent: Tensor | None) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, cotangent: Tensor | None) -> tuple:
         y, *inputs = _saved(ctx)
         if cotangent is None:
             return (None,) * (2 + len(inputs))
@@ -94,12 +94,12 @@ class _Root(torch.autograd.Function):
 
     @staticmethod
     @_batchable
-    def jvp(ctx: Any, _system: None, _y: None, *tangents: Tensor | None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, _system: None, _y: None, *tangents: Tensor | None) -> Tensor:
         y, *inputs = ctx.saved_tensors
         return -_LinearSolve.apply(ctx.system, False, ctx.system.push(y, inputs, tangents), y, *inputs)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, system: System, y: Tensor, *inputs: Tensor) -> tuple[Tensor, int]:  # type: ignore[override]
+    def vmap(info: Any, in_dims: tuple, system: System, y: Tensor, *inputs: Tensor) -> tuple[Tensor, int]:
         y, stacked, dims = _stack_first(info.batch_size, in_dims[1:], y, inputs)
         return _Root.apply(system.batched(dims, info.batch_size), y, *stacked), 0
 
@@ -120,7 +120,7 @@ class _LinearSolve(torch.autograd.Function):
 
     @staticmethod
     @_batchable
-    def backward(ctx: Any, cotangent: Tensor | None) -> tuple:  # type: ignore[override]
+    def backward(ctx: Any, cotangent: Tensor | None) -> tuple:
         u, y, *inputs = _saved(ctx)
         if cotangent is None:
             return (None,) * (4 + len(inputs))
@@ -129,20 +129,20 @@ class _LinearSolve(torch.autograd.Function):
         if not any(ctx.needs_input_grad[3:]):
             return None, None, s, None, *[None] * len(inputs)
         # u = M⁻¹b with M = A or Aᵀ, so du = M⁻¹(db - dM u) and the cotangent of M u is -s
-        through = lambda point, *values: system.product(point, values, u, transposed)  # noqa: E731
+        through = lambda point, *values: system.product(point, values, u, transposed)
         return None, None, s, *tree.vjp(through, (y, *inputs), -s)
 
     @staticmethod
     @_batchable
-    def jvp(ctx: Any, _system: None, _transposed: None, b: Tensor | None, *tangents: Tensor | None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, _system: None, _transposed: None, b: Tensor | None, *tangents: Tensor | None) -> Tensor:
         u, y, *inputs = ctx.saved_tensors
         system, transposed = ctx.system, ctx.transposed
-        through = lambda point, *values: system.product(point, values, u, transposed)  # noqa: E731
+        through = lambda point, *values: system.product(point, values, u, transposed)
         change = tree.jvp(through, (y, *inputs), tangents)
         return _LinearSolve.apply(system, transposed, -change if b is None else b - change, y, *inputs)
 
     @staticmethod
-    def vmap(  # type: ignore[override]
+    def vmap(
         info: Any, in_dims: tuple, system: System, transposed: bool, b: Tensor, y: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, int]:
         size, b_dim, dims = info.batch_size, in_dims[2], in_dims[3:]

@@ -204,15 +204,15 @@ class _RunBelow(torch.autograd.Function):
         ctx.num_inputs, ctx.num_outputs = len(inputs), len(output)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, ...]:
         return (None,) * ctx.num_inputs
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[None, ...]:  # type: ignore[override]
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[None, ...]:
         return (None,) * ctx.num_outputs
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, run: _Run, *tensors: Tensor) -> tuple:  # type: ignore[override]
+    def vmap(info: Any, in_dims: tuple, run: _Run, *tensors: Tensor) -> tuple:
         examples = []
         for i in range(info.batch_size):
             one = [t if dim is None else t.select(dim, i) for t, dim in zip(tensors, in_dims[1:], strict=True)]

@@ -282,7 +282,7 @@ class System:
         """`A u` or `Aᵀu` as a differentiable function of `y`, inputs and `u`; leading rows of `u` one by one."""
         if u.dim() > y.dim():
             return torch.func.vmap(lambda row: self.product(y, inputs, row, transposed))(u)
-        at_inputs = lambda point: self._evaluated(point, *inputs)  # noqa: E731
+        at_inputs = lambda point: self._evaluated(point, *inputs)
         with self.isolation(), self.isolation.layers(higher=True):
             if transposed or self._symmetric:
                 (result,) = tree.vjp(at_inputs, (y,), u)

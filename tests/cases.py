@@ -100,7 +100,7 @@ def _logistic_loss(x: Tensor, y: Tensor, features: Tensor, target: Tensor) -> Te
 
 def _logistic(x: Tensor, features: Tensor, target: Tensor) -> Tensor:
     rows = (2 * target.sigmoid() - 1).unsqueeze(-1) * features
-    sigmoid = lambda y: torch.sigmoid(-(rows @ y))  # noqa: E731
+    sigmoid = lambda y: torch.sigmoid(-(rows @ y))
     return _newton(
         lambda y: x.exp() * y - rows.mT @ sigmoid(y) / len(rows),
         lambda y: (
@@ -123,7 +123,7 @@ def _tanh_step(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _tanh(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    step = lambda y: (weight @ y + x * bias).tanh()  # noqa: E731
+    step = lambda y: (weight @ y + x * bias).tanh()
     return _newton(
         lambda y: y - step(y),
         lambda y: torch.eye(len(bias), dtype=bias.dtype) - (1 - step(y).square()).unsqueeze(-1) * weight,

@@ -18,7 +18,7 @@ def test_hypergradient_equals_that_on_the_cpu() -> None:
     def gradient(device: str, solver: ig.linalg.LinearSolver) -> Tensor:
         A, b, p = (value.to(device) for value in (X, t, x))
         p.requires_grad_()
-        loss = lambda p, y: 0.5 * ((A @ y - b) ** 2).mean() + 0.5 * (p.exp() * y**2).sum()  # noqa: E731
+        loss = lambda p, y: 0.5 * ((A @ y - b) ** 2).mean() + 0.5 * (p.exp() * y**2).sum()
         y = torch.linalg.solve(A.T @ A / 60 + p.exp().diag(), A.T @ b / 60)
         return torch.autograd.grad(ig.implicit_root(ig.Stationary(loss), p, y, solver=solver).square().sum(), p)[0]
 

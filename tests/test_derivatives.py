@@ -142,7 +142,7 @@ def test_vmap_over_problems_and_its_derivatives_equal_closed_form(
     tangents = tuple(torch.randn_like(value) for value in arguments)
 
     def run(fit: Fit) -> list[Tensor]:
-        scalar = lambda *a: fit(*a).sin().sum()  # noqa: E731
+        scalar = lambda *a: fit(*a).sin().sum()
         stacked = torch.func.vmap(fit, in_dims)
         return pytree.tree_leaves(
             [
@@ -178,9 +178,9 @@ def test_nested_vmap_and_its_gradient_equal_closed_form(case: ConditionCase) -> 
     x, first = batch_of(case.x, 2), batch_of(case.data[0], 3)
 
     def run(fit: Fit) -> tuple[Tensor, Tensor, Tensor]:
-        one = lambda x, first: fit(x, first, *case.data[1:])  # noqa: E731
+        one = lambda x, first: fit(x, first, *case.data[1:])
         grad = torch.func.grad(lambda x, first: one(x, first).sin().sum())
-        twice = lambda fn: torch.func.vmap(torch.func.vmap(fn, (None, 0)), (0, None))  # noqa: E731
+        twice = lambda fn: torch.func.vmap(torch.func.vmap(fn, (None, 0)), (0, None))
         outer = torch.func.grad(lambda x: twice(one)(x, first).sin().sum())(x)
         return twice(one)(x, first), twice(grad)(x, first), outer
 
@@ -207,7 +207,7 @@ def test_third_derivatives_equal_closed_form(case: ConditionCase) -> None:
     direction = torch.randn_like(case.x)
 
     def functional(fit: Fit) -> Tensor:
-        along = lambda t: fit(case.x + t * direction, *case.data).sin().sum()  # noqa: E731
+        along = lambda t: fit(case.x + t * direction, *case.data).sin().sum()
         return torch.func.grad(torch.func.grad(torch.func.grad(along)))(case.x.new_zeros(()))
 
     def eager(fit: Fit) -> Tensor:
@@ -226,7 +226,7 @@ GRADCHECKS = [(case, ig.linalg.Auto()) for case in CONDITIONS] + [(case, ig.lina
 
 @pytest.mark.parametrize(("case", "linear"), GRADCHECKS, ids=lambda value: str(value).split("(")[0])
 def test_gradcheck_and_gradgradcheck_pass_with_every_flag(case: ConditionCase, linear: ig.linalg.LinearSolver) -> None:
-    fit = lambda x, last: decorated(case, linear)(x, *case.data[:-1], last)  # noqa: E731
+    fit = lambda x, last: decorated(case, linear)(x, *case.data[:-1], last)
     arguments = (case.x.clone().requires_grad_(), case.data[-1].clone().requires_grad_())
     # an iterative solver starts from the last solution, so equal right-hand sides agree to its rtol of 1e-10 only
     flags = {"check_batched_grad": True, "nondet_tol": 0.0 if linear == ig.linalg.Auto() else PROMISED}
@@ -236,10 +236,10 @@ def test_gradcheck_and_gradgradcheck_pass_with_every_flag(case: ConditionCase, l
 
 @every_condition
 def test_forward_over_forward_raises(case: ConditionCase) -> None:
-    fit = lambda x: decorated(case)(x, *case.data)  # noqa: E731
+    fit = lambda x: decorated(case)(x, *case.data)
     with pytest.raises(NotImplementedError, match="hessian"):
         torch.func.jacfwd(torch.func.jacfwd(fit))(case.x)
-    push = lambda f: lambda x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1]  # noqa: E731
+    push = lambda f: lambda x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1]
     with pytest.raises(NotImplementedError):
         push(push(fit))(case.x)
     with pytest.raises(NotImplementedError):
@@ -415,15 +415,15 @@ def test_an_intermediate_result_passed_and_closed_over_counts_twice(form: Form) 
 @both_forms
 def test_vmap_inside_the_condition_is_right_or_raises(form: Form) -> None:
     def explicit(x: Tensor) -> Tensor:
-        right = lambda a, t: torch.func.vmap(lambda ai, ti: ti.sin() * ai / ai)(a, t)  # noqa: E731
+        right = lambda a, t: torch.func.vmap(lambda ai, ti: ti.sin() * ai / ai)(a, t)
         return ig.implicit_root(form(right), x, x.sin() / x, x).sum()
 
     def hidden(x: Tensor) -> Tensor:
         sine = x.sin()
-        right = lambda a: torch.func.vmap(lambda ai, si: si * ai / ai)(a, sine)  # noqa: E731
+        right = lambda a: torch.func.vmap(lambda ai, si: si * ai / ai)(a, sine)
         return ig.implicit_root(form(right), x, sine / x).sum()
 
-    exact = lambda x: (x.sin() / x).sum()  # noqa: E731
+    exact = lambda x: (x.sin() / x).sum()
     assert disagreements(explicit, exact) == []
     for transform, at in (
         (torch.func.grad, X),
@@ -440,8 +440,8 @@ def test_vmap_inside_the_condition_is_right_or_raises(form: Form) -> None:
 @both_forms
 def test_closed_over_tensors_of_an_outer_level_get_gradients(form: Form) -> None:
     weight = torch.tensor([0.5, 0.9], requires_grad=True)
-    solve = lambda x: ig.implicit_root(form(lambda a: weight), x, weight / x).sum()  # noqa: E731
-    exact = lambda x: (weight / x).sum()  # noqa: E731
+    solve = lambda x: ig.implicit_root(form(lambda a: weight), x, weight / x).sum()
+    exact = lambda x: (weight / x).sum()
     roads = {
         "vmap": lambda f: torch.func.vmap(f)(torch.stack([X, X + 0.1])).sum(),
         "grad": lambda f: torch.func.grad(f)(X).sum(),
@@ -479,8 +479,8 @@ def test_weights_of_a_module_in_the_condition_get_gradients(form: Form, wrap: st
     if wrap == "functional":
         named = {name: value.detach() for name, value in net.named_parameters()}
         y = net(X).detach() / X
-        hidden = lambda p: ig.implicit_root(form(lambda a: net_fn(p, a)), X, y).sin().sum()  # noqa: E731
-        closed = lambda p: (torch.func.functional_call(net, p, X) / X).sin().sum()  # noqa: E731
+        hidden = lambda p: ig.implicit_root(form(lambda a: net_fn(p, a)), X, y).sin().sum()
+        closed = lambda p: (torch.func.functional_call(net, p, X) / X).sin().sum()
         got, want = (pytree.tree_leaves(torch.func.hessian(solve)(named)) for solve in (hidden, closed))
         assert all((a - b).abs().max() < PROMISED for a, b in zip(got, want, strict=True))
 
@@ -514,7 +514,7 @@ def test_arguments_that_cannot_be_differentiated_pass_through(form: Form) -> Non
         if road is fit:
             got = x.grad, t.grad
     assert close(got[0], x.grad) and close(got[1], t.grad)
-    scalar = lambda road: lambda x, t: road(x, t, *rest).sin().sum()  # noqa: E731
+    scalar = lambda road: lambda x, t: road(x, t, *rest).sin().sum()
     for transform in (torch.func.grad, torch.func.jacfwd, torch.func.hessian):
         assert close(transform(scalar(fit))(X, TARGET), transform(scalar(solution))(X, TARGET))
     batch = torch.stack([X, X + 1])
@@ -703,7 +703,7 @@ def test_any_inner_solver_gives_the_derivatives_of_the_closed_form(inner: Callab
     # derivatives are as good as the solution: interior points stop near 1e-7, the others near rounding
     tolerance = max(PROMISED, 100 * float(distance))
     assert tolerance < 1e-5
-    scalar = lambda solve: lambda x, t: solve(x, REGRESSION.data[0], t).sin().sum()  # noqa: E731
+    scalar = lambda solve: lambda x, t: solve(x, REGRESSION.data[0], t).sin().sum()
     at = (REGRESSION.x, REGRESSION.data[1])
     eager = [value.clone().requires_grad_() for value in at]
     got, want = (torch.autograd.grad(scalar(solve)(*eager), eager) for solve in (fit, REGRESSION.exact))
@@ -722,7 +722,7 @@ def test_aux_is_handed_through_also_under_transforms() -> None:
     x = REGRESSION.x.clone().requires_grad_()
     y, aux = fit(x, *REGRESSION.data)
     assert aux["steps"] == 7 and aux["name"] == "direct" and not aux["path"].requires_grad
-    exact = lambda x: REGRESSION.exact(x, *REGRESSION.data).sin().sum()  # noqa: E731
+    exact = lambda x: REGRESSION.exact(x, *REGRESSION.data).sin().sum()
     assert close(torch.autograd.grad(y.sin().sum(), x)[0], torch.func.grad(exact)(REGRESSION.x))
 
     def scalar(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -763,7 +763,7 @@ def test_solutions_chain() -> None:
 
         return run
 
-    exact = lambda x, b: b / x  # noqa: E731
+    exact = lambda x, b: b / x
     fit = ig.implicit(fixed_point(lambda a, b: b))(exact)
     assert disagreements(chain(fit), chain(exact)) == []
 
@@ -850,7 +850,7 @@ def test_change_in_place_between_forward_and_backward_raises(form: Form, argumen
 
 @both_forms
 def test_strided_expanded_empty_and_single_leaves_are_right(form: Form) -> None:
-    exact = lambda x, t: x.sin() * t / x  # noqa: E731
+    exact = lambda x, t: x.sin() * t / x
     fit = ig.implicit(form(lambda a, t: a.sin() * t))(exact)
     block = torch.rand(4, 4) + 1
     strided = block.t()[:2, ::2]
@@ -891,7 +891,7 @@ def test_dtype_of_the_arguments_is_kept(dtype: torch.dtype) -> None:
     (first,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), x)
     assert {y.dtype, first.dtype, second.dtype} == {dtype}
-    exact = lambda x: REGRESSION.exact(x, *REGRESSION.data).sin().sum()  # noqa: E731
+    exact = lambda x: REGRESSION.exact(x, *REGRESSION.data).sin().sum()
     # float32: a few hundred roundings of 6e-8 through an ill-placed sum
     tolerance = 1e-5 if dtype == torch.float32 else PROMISED
     assert close(first.double(), torch.func.grad(exact)(REGRESSION.x), tolerance)

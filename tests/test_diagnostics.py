@@ -59,7 +59,7 @@ def test_a_loop_warns_once_per_call_site() -> None:
 
 def test_a_tangent_that_did_not_converge_warns() -> None:
     fit = ig.implicit(RIDGE.condition, solver=CG(max_iter=1))(RIDGE.exact)
-    run = lambda: torch.func.jvp(lambda x: fit(x, *RIDGE.data), (RIDGE.x,), (torch.ones(3),))  # noqa: E731
+    run = lambda: torch.func.jvp(lambda x: fit(x, *RIDGE.data), (RIDGE.x,), (torch.ones(3),))
     assert any("tangent" in str(warning.message) for warning in caught(run))
 
 
@@ -85,7 +85,7 @@ def test_on_unconverged_raises_or_is_silent_if_told() -> None:
 @pytest.mark.parametrize("road", ["reverse", "grad", "jvp", "vmap"])
 def test_an_inner_solution_off_by_a_tenth_warns_on_every_road(road: str) -> None:
     fit = ig.implicit(RIDGE.condition)(lambda *a: 1.1 * RIDGE.exact(*a))
-    scalar = lambda x: fit(x, *RIDGE.data).sum()  # noqa: E731
+    scalar = lambda x: fit(x, *RIDGE.data).sum()
     roads = {
         "reverse": lambda: scalar(RIDGE.x.clone().requires_grad_()),
         "grad": lambda: torch.func.grad(scalar)(RIDGE.x),
@@ -131,7 +131,7 @@ def test_error_estimate_is_within_a_tenth_of_the_true_error(case: ConditionCase,
 def test_hypergradient_with_an_inner_solution_off_by_a_tenth_warns() -> None:
     off = 1.1 * RIDGE.exact(RIDGE.x, *RIDGE.data)
     for correct in (False, True):
-        run = lambda: ig.hypergradient(upper, RIDGE.condition, RIDGE.x, off, *RIDGE.data, correct=correct)  # noqa: B023, E731
+        run = lambda: ig.hypergradient(upper, RIDGE.condition, RIDGE.x, off, *RIDGE.data, correct=correct)  # noqa: B023
         (warning,) = caught(run)
         assert warning.filename == __file__
 
@@ -165,7 +165,7 @@ def test_upper_loss_that_uses_nothing_or_is_no_scalar_is_refused() -> None:
 def test_nan_and_infinity_raise(bad: float, place: str, road: str) -> None:
     x, data, y = RIDGE.x.clone(), [value.clone() for value in RIDGE.data], RIDGE.exact(RIDGE.x, *RIDGE.data)
     {"x": x, "data": data[1], "solution": y}[place][1] = bad
-    scalar = lambda x: ig.implicit_root(RIDGE.condition, x, y, *data).sum()  # noqa: E731
+    scalar = lambda x: ig.implicit_root(RIDGE.condition, x, y, *data).sum()
     roads = {
         "reverse": lambda: scalar(x.requires_grad_()).backward(),
         "grad": lambda: torch.func.grad(scalar)(x),
@@ -198,7 +198,7 @@ def test_a_singular_jacobian_raises() -> None:
 def test_a_map_falsely_declared_symmetric_is_caught(road: str) -> None:
     false = ig.FixedPoint(AFFINE.condition.step, symmetric=True)
     y = AFFINE.exact(AFFINE.x, *AFFINE.data)
-    scalar = lambda x: ig.implicit_root(false, x, y, *AFFINE.data).sum()  # noqa: E731
+    scalar = lambda x: ig.implicit_root(false, x, y, *AFFINE.data).sum()
     roads = {
         "reverse": lambda: scalar(AFFINE.x.clone().requires_grad_()).backward(),
         "grad": lambda: torch.func.grad(scalar)(AFFINE.x),
@@ -446,7 +446,7 @@ def test_repeated_backward_passes_agree_and_reuse_the_factor(monkeypatch: pytest
     factorisations = []
     for name in ("cholesky", "cholesky_ex"):
         plain = getattr(torch.linalg, name)
-        spy = lambda *a, plain=plain, **k: factorisations.append(1) or plain(*a, **k)  # noqa: E731
+        spy = lambda *a, plain=plain, **k: factorisations.append(1) or plain(*a, **k)
         monkeypatch.setattr(torch.linalg, name, spy)
     with ig.diagnostics() as log:
         x, y = solution(LOGISTIC)
@@ -487,7 +487,7 @@ def test_check_passes_without_unrolled_values_and_prints_nothing_if_told(capsys:
 
 def test_check_catches_a_wrong_sign(capsys: pytest.CaptureFixture) -> None:
     wrong = ig.Stationary(lambda x, y, a, t: 0.5 * (a @ y - t).square().mean() - 0.05 * (x.exp() * y * y).sum())
-    right = lambda x, a, t: torch.linalg.solve(a.T @ a / 5 + 0.1 * torch.diag(x.exp()), a.T @ t / 5)  # noqa: E731
+    right = lambda x, a, t: torch.linalg.solve(a.T @ a / 5 + 0.1 * torch.diag(x.exp()), a.T @ t / 5)
     result = ig.check_hypergradient(upper_of, ig.implicit(wrong)(right), RIDGE.x, *RIDGE.data)
     assert not result and "sign" in result.cause
     assert "FAILED" in capsys.readouterr().out
@@ -515,7 +515,7 @@ def test_check_catches_an_ignored_argument() -> None:
 
     x = {"penalty": RIDGE.x, "shift": torch.tensor([1.0, 0.5, 0.2])}
     t = torch.tensor([1.0, 2.0, -1.0])
-    loss = lambda x, y, t, s: 0.5 * (y - s * t).square().sum() + 0.5 * (x["penalty"].exp() * y * y).sum()  # noqa: E731
+    loss = lambda x, y, t, s: 0.5 * (y - s * t).square().sum() + 0.5 * (x["penalty"].exp() * y * y).sum()
     right = ig.Stationary(lambda x, y, t: loss(x, y, t, x["shift"].sin()))
     assert ig.check_hypergradient(upper_of, fit_of(right), x, t, verbose=False)
     constant = x["shift"].sin()

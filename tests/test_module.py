@@ -131,7 +131,7 @@ class Training:
     def solved_at(self, x: Tensor) -> dict[str, Tensor]:
         """Newton iteration at a nearby `x` with one Jacobian, by fourth-order differences."""
         flat, unravel = ig.tree.ravel(self.start)
-        residual = lambda v, x: ig.tree.ravel(self.gradient(x, unravel(v)))[0]  # noqa: E731
+        residual = lambda v, x: ig.tree.ravel(self.gradient(x, unravel(v)))[0]
         if not hasattr(self, "inverse"):
             columns = [self._difference(lambda v: residual(v, self.x), flat, unit) for unit in torch.eye(len(flat))]
             self.inverse = torch.linalg.inv(torch.stack(columns, -1))
@@ -147,7 +147,7 @@ class Training:
 
     def differences(self) -> Tensor:
         """`dF/dx` of the re-solved problem by fourth-order differences, good to about 1e-9."""
-        value = lambda x: self.upper(x, self.solved_at(x)).detach()  # noqa: E731
+        value = lambda x: self.upper(x, self.solved_at(x)).detach()
         return torch.stack([self._difference(value, self.x, unit) for unit in torch.eye(2)])
 
 
@@ -174,7 +174,7 @@ def test_functional_transforms_agree_with_reverse_mode_and_leave_the_module(name
     net = MODULES[name]()
     with unchanged(net):
         problem = Training(net)
-        scalar = lambda x: problem.upper(x, ig.implicit_root(ig.Stationary(problem.loss), x, problem.start))  # noqa: E731
+        scalar = lambda x: problem.upper(x, ig.implicit_root(ig.Stationary(problem.loss), x, problem.start))
         x = problem.x.clone().requires_grad_()
         (want,) = torch.autograd.grad(scalar(x), x)
         assert torch.allclose(torch.func.grad(scalar)(problem.x), want, rtol=1e-9)
@@ -254,7 +254,7 @@ def test_tied_weights_appear_once_and_get_both_gradients() -> None:
     net = Tied()
     net_fn = ig.functional(net)
     assert set(net_fn.parameters()) == {"first.weight", "first.bias", "second.bias"}
-    loss = lambda weight: net_fn({"first.weight": weight}, FEATURES).square().sum()  # noqa: E731
+    loss = lambda weight: net_fn({"first.weight": weight}, FEATURES).square().sum()
     weight = net.first.weight.detach()
     step = 1e-5
     unit = torch.eye(SIZE)
@@ -366,7 +366,7 @@ def test_random_state_arguments_and_flags_are_untouched_on_every_road(road: str)
     x, state = torch.tensor([0.3, -0.2, 0.5, 0.1]), torch.get_rng_state()
     y = _solve(_direct(net), x, state)
     copies, versions = (x.clone(), y.clone()), (x._version, y._version)
-    scalar = lambda x: ig.implicit_root(_direct(net), x, y).sum()  # noqa: E731
+    scalar = lambda x: ig.implicit_root(_direct(net), x, y).sum()
     with unchanged(net):
         if road == "reverse":
             torch.autograd.grad(scalar(x.clone().requires_grad_()), list(net.parameters()), create_graph=True)

@@ -12,7 +12,7 @@ N, D = 500, 200
 @pytest.fixture(scope="module")
 def data() -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(0)
-    random = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)  # noqa: E731
+    random = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)
     return {"X": random(N, D), "t": random(N), "X_val": random(300, D), "t_val": random(300), "x": 0.3 * random(D)}
 
 

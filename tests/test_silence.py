@@ -25,7 +25,7 @@ class Quartic(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, cotangent: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx, cotangent: Tensor) -> Tensor:
         return cotangent * 4 * ctx.saved_tensors[0] ** 3
 
 
@@ -41,7 +41,7 @@ class QuarticInNumpy(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, cotangent: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx, cotangent: Tensor) -> Tensor:
         (h,) = ctx.saved_tensors
         return cotangent * torch.from_numpy(4 * h.detach().numpy() ** 3)
 
@@ -97,7 +97,7 @@ def test_a_batch_rebound_between_forward_and_backward_raises(second: str) -> Non
 def test_error_estimate_sees_an_inexact_adjoint(rtol: float) -> None:
     X, t, x = torch.randn(60, 40), torch.randn(60), torch.full((40,), -4.0)
     y = _closed_form(x, X, t)
-    upper = lambda x, y: (y.square() * torch.linspace(1, 3, 40)).sum()  # noqa: E731
+    upper = lambda x, y: (y.square() * torch.linspace(1, 3, 40)).sum()
     exact = torch.func.grad(lambda x: upper(x, _closed_form(x, X, t)))(x)
     h = ig.hypergradient(upper, ig.Stationary(_ridge), x, y, X, t, solver=CG(rtol=rtol))
     assert h.error_estimate == pytest.approx(torch.linalg.vector_norm(h.value - exact).item(), rel=0.2)
@@ -172,7 +172,7 @@ def test_second_derivatives_through_norms_under_all_their_names(norm: Callable[[
 
     x = torch.tensor([1.0, 0.5, 2.0])
     fit = ig.implicit(ig.Stationary(loss))(solve)
-    slope = lambda x: torch.autograd.grad(fit(x.requires_grad_()).sum(), x)[0]  # noqa: E731
+    slope = lambda x: torch.autograd.grad(fit(x.requires_grad_()).sum(), x)[0]
     got = torch.autograd.functional.hessian(lambda x: fit(x).sum(), x)
     exact = torch.stack([(slope(x + e) - slope(x - e)) / 2e-5 for e in 1e-5 * torch.eye(3)])
     assert torch.allclose(got, exact, rtol=1e-5, atol=1e-7)  # central differences of first derivatives
@@ -182,7 +182,7 @@ def test_buffers_stay_when_a_module_is_not_called_but_its_forward_is() -> None:
     norm = nn.BatchNorm1d(3)
     before = {name: value.clone() for name, value in norm.state_dict().items()}
     features = torch.randn(5, 3)
-    loss = lambda x, y: (norm.forward(features * y) ** 4).sum() + ((y - x) ** 2).sum()  # noqa: E731
+    loss = lambda x, y: (norm.forward(features * y) ** 4).sum() + ((y - x) ** 2).sum()
     x = torch.ones(3, requires_grad=True)
     ig.implicit_root(ig.Stationary(loss), x, torch.ones(3), inner_tolerance=1e9).sum().backward()
     assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
@@ -204,7 +204,7 @@ def test_functional_refuses_a_module_that_reaches_its_own_weights() -> None:
 
 
 def test_threads_leave_the_attention_kernels_as_they_were() -> None:
-    flags = lambda: (  # noqa: E731
+    flags = lambda: (
         torch.backends.cuda.flash_sdp_enabled(),
         torch.backends.cuda.mem_efficient_sdp_enabled(),
         torch.backends.cuda.math_sdp_enabled(),
@@ -227,11 +227,11 @@ def test_threads_leave_the_attention_kernels_as_they_were() -> None:
 def test_a_failed_allocation_is_not_taken_for_a_missing_derivative() -> None:
     class Hungry(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, h: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(ctx, h: Tensor) -> Tensor:
             return h.clone()
 
         @staticmethod
-        def backward(ctx, cotangent: Tensor) -> Tensor:  # type: ignore[override]
+        def backward(ctx, cotangent: Tensor) -> Tensor:
             raise torch.OutOfMemoryError("no memory")
 
     x = torch.ones(2, requires_grad=True)

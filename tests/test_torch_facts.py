@@ -70,13 +70,13 @@ class _OnceOnly(torch.autograd.Function):
     """A kernel with a hand-written gradient that cannot be differentiated."""
 
     @staticmethod
-    def forward(ctx, h):  # type: ignore[override]
+    def forward(ctx, h):
         ctx.save_for_backward(h)
         return h.sin()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g):  # type: ignore[override]
+    def backward(ctx, g):
         (h,) = ctx.saved_tensors
         return g * h.cos()
 

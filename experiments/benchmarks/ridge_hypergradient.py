@@ -66,7 +66,7 @@ def hypergradients(problem: Ridge, x: Tensor, y: Tensor) -> Methods:
 def second_derivatives(problem: Ridge, x: Tensor) -> Methods:
     """Every way to the matrix of second derivatives of the validation loss in `x`."""
     solve = ig.implicit(ig.Stationary(problem.loss))(problem.solution)
-    value = lambda x: problem.upper(x, solve(x))  # noqa: E731
+    value = lambda x: problem.upper(x, solve(x))
 
     def peer(solve: Callable | None = None) -> Callable[[], Tensor]:
         solution = torchopt_solution(problem.loss, solve)

@@ -26,7 +26,7 @@ class Ridge:
     def random(cls, n: int, d: int, spread: float = 1.0, seed: int = 0) -> "Ridge":
         """Gaussian features with standard deviations from 1 to `1 / spread`; targets of a linear model plus noise."""
         generator = torch.Generator().manual_seed(seed)
-        normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+        normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
         scale = torch.logspace(0, -1, d, base=spread, dtype=torch.float64)
         features, validation_features, weights = normal(n, d) * scale, normal(n, d) * scale, normal(d)
         targets, validation_targets = features @ weights + normal(n), validation_features @ weights + normal(n)

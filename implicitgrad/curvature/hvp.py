@@ -111,11 +111,11 @@ class _Mark(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, cotangent: Tensor) -> Tensor:
         return cotangent
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
         return tangent.view_as(tangent)
 
 
@@ -129,7 +129,7 @@ class _DifferencedGradient(torch.autograd.Function):
         return _gradients(scalar, flat, ())[0]
 
     @staticmethod
-    def backward(ctx: Any, direction: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, direction: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise NotImplementedError(
                 "second derivatives need a double backward that an operation in the loss does not have "
