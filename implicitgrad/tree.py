@@ -4,6 +4,7 @@ The rest of the library works on trees, `linalg` on flat vectors; `ravel` is the
 always paired by key path, never by position, since dicts may list the same keys in another order.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -99,6 +100,17 @@ def ravel(tree: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
         return rebuild([part.reshape(shape) for part, shape in zip(vector.split(sizes), shapes, strict=True)])
 
     return torch.cat([value.reshape(-1) for value in values]), unravel
+
+
+def slices(tree: Tree) -> dict[str, slice]:
+    """Where each leaf of `tree` lies in the vector of `ravel`, by key path.
+
+    Example:
+        >>> slices({"w": torch.ones(2, 2), "b": torch.zeros(2)})
+        {"['w']": slice(0, 4, None), "['b']": slice(4, 6, None)}
+    """
+    ends = list(itertools.accumulate(leaf.numel() for leaf in leaves(tree)))
+    return {path: slice(begin, end) for path, begin, end in zip(paths(tree), [0, *ends], ends, strict=False)}
 
 
 def ravel_like(reference: Tree, tree: Tree) -> Tensor:

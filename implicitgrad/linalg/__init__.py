@@ -5,6 +5,7 @@ from implicitgrad.linalg.cg import CG
 from implicitgrad.linalg.checks import AsymmetryError, check_symmetric
 from implicitgrad.linalg.cholesky import Cholesky
 from implicitgrad.linalg.gmres import GMRES
+from implicitgrad.linalg.known_inverse import KnownInverse
 from implicitgrad.linalg.lu import LU
 from implicitgrad.linalg.minres import MINRES
 from implicitgrad.linalg.neumann import Neumann
@@ -20,6 +21,7 @@ __all__ = [
     "AsymmetryError",
     "Auto",
     "Cholesky",
+    "KnownInverse",
     "LinearOperator",
     "LinearSolver",
     "Neumann",

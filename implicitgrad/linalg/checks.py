@@ -26,9 +26,11 @@ def check_system(name: str, A: LinearOperator, b: Tensor, x0: Tensor | None) -> 
     """Refuse what no solver can take; otherwise the system that it works on. One transfer from the device.
 
     Raises:
-        ValueError: shape, dtype or device of `b` or `x0` do not fit `A`; complex numbers.
+        ValueError: `A` is not square; shape, dtype or device of `b` or `x0` do not fit `A`; complex numbers.
         FloatingPointError: NaN or infinity in `b` or `x0`.
     """
+    if not A.is_square:
+        raise ValueError(f"{name} needs a square operator; got {A}. Use LSMR or CGLS for least squares.")
     if b.is_complex():
         raise ValueError(f"{name} solves real systems; got b of {b.dtype}. Split it into real and imaginary part.")
     if (b.dtype, b.device) != (A.dtype, A.device):

@@ -1,4 +1,4 @@
-"""The frame that direct solvers share: apply a remembered factor, measure the true residual, refine once."""
+"""The frame that direct solvers share: apply an inverse, measure the true residual, refine once."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicitgrad.linalg.checks import check_system, default_rtol
+from implicitgrad.linalg.checks import CheckedSystem, check_system, default_rtol
 from implicitgrad.linalg.matrix import as_columns, as_rows
 from implicitgrad.linalg.operator import LinearOperator
 from implicitgrad.linalg.rows import any_row, safe_row_norm
@@ -48,17 +48,50 @@ def solve_directly(
     system = check_system(name, A, b, x0)
     if system.zero:
         return zero_solution(name, system)
-    b = system.b
-    rtol = default_rtol(A) if rtol is None else rtol
     dense_cost = A.dense_cost
     factor = factorise(A)
     matrix = A.to_dense().detach()
-    product = Products(A if A.has_product else LinearOperator.from_dense(matrix))
-    x = _inverse_rows(factor, A, b)
+    return apply_inverse(
+        name,
+        system,
+        A if A.has_product else LinearOperator.from_dense(matrix),
+        lambda rows: _inverse_rows(factor, A, rows),
+        default_rtol(A) if rtol is None else rtol,
+        num_matvec=dense_cost,
+        memory=matrix.nbytes + factor.nbytes,
+    )
+
+
+def apply_inverse(
+    name: str,
+    system: CheckedSystem,
+    A: LinearOperator,
+    inverse: Callable[[Tensor], Tensor],
+    rtol: float,
+    *,
+    num_matvec: int,
+    memory: int,
+) -> Solution:
+    """``inverse(b)`` with its true residual, refined once where that is above `rtol`.
+
+    Args:
+        name: class name of the solver.
+        system: what to solve.
+        A: whose products measure the residual.
+        inverse: ``b -> A⁻¹ b``, up to rounding, on the rows of the system.
+        rtol: relative residual that passes.
+        num_matvec: products spent so far.
+        memory: bytes held so far.
+
+    Raises:
+        FloatingPointError: NaN or infinity in a product or the solution.
+    """
+    b, product = system.b, Products(A)
+    x = inverse(b)
     r = b - product(x)
     relative = safe_row_norm(r)
     if any_row(~(relative <= rtol)):
-        refined = x + _inverse_rows(factor, A, r)
+        refined = x + inverse(r)
         new_relative = safe_row_norm(b - product(refined))
         better = (new_relative < relative) | relative.isnan()
         x, relative = torch.where(better, refined, x), torch.where(better, new_relative, relative)
@@ -70,10 +103,10 @@ def solve_directly(
         x,
         relative,
         num_iter=0,
-        num_matvec=dense_cost + product.count,
+        num_matvec=num_matvec + product.count,
         converged=converged,
         reason="converged" if converged else "precision floor",
-        memory=matrix.nbytes + factor.nbytes + 3 * b.nbytes,
+        memory=memory + 3 * b.nbytes,
     )
 
 

@@ -23,7 +23,7 @@ def as_rows(columns: Tensor) -> Tensor:
 
 
 def vector_product(matrix: Tensor) -> Product:
-    """v -> M v for ``M: (*batch, n, n)`` and ``v: (*batch, n)``."""
+    """v -> M v for ``M: (*batch, m, n)`` and ``v: (*batch, n)``."""
     return lambda v: (matrix @ v.unsqueeze(-1)).squeeze(-1)
 
 
@@ -38,10 +38,10 @@ def by_rows(product: Product) -> Product:
 
 
 def matrix_of(block_product: Product, example: Tensor) -> Tensor:
-    """The matrix ``(*batch, n, n)`` of a product with blocks, column by column; n products.
+    """The matrix ``(*batch, m, n)`` of a product with blocks, column by column; n products.
 
     Args:
-        block_product: acts on ``(k, *batch, n)``.
+        block_product: ``(k, *batch, n) -> (k, *batch, m)``.
         example: a vector ``(*batch, n)``; read for its shape, dtype and device.
     """
     size = example.shape[-1]

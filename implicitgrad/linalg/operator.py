@@ -1,19 +1,21 @@
-"""Square linear maps on flat vectors, known by their products.
+"""Linear maps on flat vectors, known by their products.
 
 Vectors are ``(n,)``; a block of right-hand sides is ``(k, n)``, right-hand sides first, because rows are contiguous
 then. With ``batch_shape`` the operator is a stack of independent systems of one size (a block diagonal matrix that
-is never written down): vectors are ``(*batch_shape, n)``, blocks ``(k, *batch_shape, n)``.
+is never written down): vectors are ``(*batch_shape, n)``, blocks ``(k, *batch_shape, n)``. An operator is square
+unless `num_rows` says otherwise; solvers of square systems refuse a rectangular one.
 """
 
 import math
 from collections.abc import Callable, Hashable
 from copy import copy
-from typing import TypeVar, final
+from typing import TypeVar, final, overload
 
 import torch
 from torch import Tensor
 
 from implicitgrad.linalg.matrix import Product, block_product, by_rows, matrix_of, mixture, no_transpose, vector_product
+from implicitgrad.linalg.structure import ShiftedInverse, Structure, combined, composed
 from implicitgrad.linalg.symmetry import asymmetry, check_entries
 
 Result = TypeVar("Result")
@@ -21,15 +23,17 @@ Result = TypeVar("Result")
 
 @final
 class LinearOperator:
-    """A square matrix A, given by ``v -> A v``; supports ``A @ v``, ``A.T``, ``A + B``, ``scalar * A``, ``-A``.
+    """A matrix A of m rows and n columns, given by ``v -> A v``.
 
-    What is known about A is declared, not guessed: `symmetric` (A = Aᵀ) and `definite` (also vᵀAv > 0 for v != 0).
-    `check_symmetric` compares the declaration with two products. Products may record an autograd graph if the given
+    Supports ``A @ v``, ``A @ B``, ``A.T``, ``A + B``, ``scalar * A``, ``-A``. What is known about A is declared, not
+    guessed: `symmetric`, `definite`, `eigenvalue_floor`. `check_symmetric` compares the first with two products.
+    ``J.T @ J`` is known to be symmetric and positive semidefinite. Products may record an autograd graph if the given
     functions do; the solvers never do.
 
     Args:
-        matvec: ``(*batch_shape, n) -> (*batch_shape, n)``, the product A v. It must leave its argument unchanged.
+        matvec: ``(*batch_shape, n) -> (*batch_shape, m)``, the product A v. It must leave its argument unchanged.
         size: n, the number of unknowns of one system.
+        num_rows: m; n by default.
         rmatvec: the product Aᵀ v. Not read when `symmetric`: the transpose is A itself.
         matmat: the product with a block, ``(k, *batch_shape, n) -> (k, *batch_shape, n)``; by default one `matvec`
             per row.
@@ -40,12 +44,15 @@ class LinearOperator:
             stay ten times above it.
         symmetric: declares A = Aᵀ.
         definite: declares A symmetric positive definite; needs `symmetric`.
+        eigenvalue_floor: a proven lower bound on the eigenvalues of a symmetric A: 0 for a sum of squares.
+        shifted_inverse: ``lam -> (v -> (A + lam I)⁻¹ v)`` on ``(..., n)``, for a symmetric A that knows it.
         dtype: a real floating dtype, that of the vectors.
         device: the device of the vectors.
         batch_shape: leading shape of a stack of independent systems; empty for one system.
 
     Raises:
-        ValueError: `definite` without `symmetric`, a dtype that is not real floating, or `size` below one.
+        ValueError: a declaration that needs `symmetric` without it, `symmetric` with m != n, a dtype that is not real
+            floating, or `size` or `num_rows` below one.
 
     Example:
         >>> diagonal = torch.tensor([1.0, 2.0, 4.0])
@@ -59,6 +66,7 @@ class LinearOperator:
         matvec: Product,
         size: int,
         *,
+        num_rows: int | None = None,
         rmatvec: Product | None = None,
         matmat: Product | None = None,
         rmatmat: Product | None = None,
@@ -67,19 +75,22 @@ class LinearOperator:
         noise: float = 0.0,
         symmetric: bool = False,
         definite: bool = False,
+        eigenvalue_floor: float | None = None,
+        shifted_inverse: ShiftedInverse | None = None,
         dtype: torch.dtype,
         device: torch.device | str,
         batch_shape: tuple[int, ...] = (),
     ):
-        if definite and not symmetric:
-            raise ValueError("definite=True declares a symmetric positive definite operator; pass symmetric=True too.")
         if not dtype.is_floating_point:
             raise ValueError(f"LinearOperator needs a real floating dtype; got {dtype}. Split a complex system in two.")
-        if size < 1:
-            raise ValueError(f"LinearOperator needs size >= 1; got {size}.")
+        num_rows = size if num_rows is None else num_rows
+        if min(size, num_rows) < 1:
+            raise ValueError(f"LinearOperator needs size >= 1 and num_rows >= 1; got {size} and {num_rows}.")
+        if symmetric and num_rows != size:
+            raise ValueError(f"A symmetric operator is square; got {num_rows} rows and {size} columns.")
         self.size = size
-        self.symmetric = symmetric
-        self.definite = definite
+        self.num_rows = num_rows
+        self._structure = Structure(symmetric, definite, eigenvalue_floor, shifted_inverse, noise)
         self.dtype = dtype
         self.device = torch.empty(0, device=device).device  # with its index, as tensors carry it
         self.batch_shape = tuple(batch_shape)
@@ -87,7 +98,6 @@ class LinearOperator:
         self._matmat = matmat or by_rows(matvec)
         self._rmatvec = rmatvec or no_transpose
         self._rmatmat = rmatmat or by_rows(self._rmatvec)
-        self.noise = noise
         self._dense = dense
         self._dense_cost = dense_cost
         self._base: LinearOperator | None = None
@@ -99,24 +109,25 @@ class LinearOperator:
         """The operator of a given matrix.
 
         Args:
-            matrix: ``(*batch_shape, n, n)``.
+            matrix: ``(*batch_shape, m, n)``.
             symmetric: declares the matrix symmetric; compared with its entries here, as that costs no product.
             definite: declares it positive definite; `Cholesky` finds out, nothing else does.
 
         Raises:
-            ValueError: the matrix is not square, or declared symmetric and is not.
+            ValueError: not a matrix, or declared symmetric and is not.
 
         Example:
             >>> LinearOperator.from_dense(torch.eye(2), symmetric=True, definite=True) @ torch.tensor([1.0, 2.0])
             tensor([1., 2.])
         """
-        if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2]:
-            raise ValueError(f"from_dense needs a matrix of shape (*batch, n, n); got {tuple(matrix.shape)}.")
-        if symmetric:
+        if matrix.ndim < 2:
+            raise ValueError(f"from_dense needs a matrix of shape (*batch, m, n); got {tuple(matrix.shape)}.")
+        if symmetric and matrix.shape[-1] == matrix.shape[-2]:
             check_entries(matrix)
         operator = cls(
             vector_product(matrix),
             matrix.shape[-1],
+            num_rows=matrix.shape[-2],
             symmetric=symmetric,
             definite=definite,
             dtype=matrix.dtype,
@@ -133,14 +144,67 @@ class LinearOperator:
 
     def __repr__(self) -> str:
         structure = "definite" if self.definite else "symmetric" if self.symmetric else "no declared structure"
-        return f"LinearOperator(size={self.size}, batch_shape={self.batch_shape}, {self.dtype}, {structure})"
+        size = f"size={self.size}" if self.is_square else f"shape={self.shape}"
+        return f"LinearOperator({size}, batch_shape={self.batch_shape}, {self.dtype}, {structure})"
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether A = Aᵀ was declared, or follows."""
+        return self._structure.symmetric
+
+    @property
+    def definite(self) -> bool:
+        """Whether A is declared symmetric positive definite, or that follows."""
+        return self._structure.definite
+
+    @property
+    def eigenvalue_floor(self) -> float | None:
+        """A proven lower bound on the eigenvalues of a symmetric A; None if there is none."""
+        return self._structure.eigenvalue_floor
+
+    @property
+    def noise(self) -> float:
+        """Relative error of the products beyond rounding."""
+        return self._structure.noise
+
+    @property
+    def known_inverse(self) -> Product | None:
+        """``v -> A⁻¹ v`` on ``(..., n)`` for an operator that knows its inverse; None for the rest."""
+        known = self._structure.shifted_inverse
+        return None if known is None else known(0.0)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) of one system."""
+        return self.num_rows, self.size
+
+    @property
+    def is_square(self) -> bool:
+        """Whether m = n."""
+        return self.num_rows == self.size
 
     @property
     def vector_shape(self) -> tuple[int, ...]:
-        """Shape of one vector, ``(*batch_shape, n)``."""
+        """Shape of one vector v, ``(*batch_shape, n)``."""
         return (*self.batch_shape, self.size)
 
-    def __matmul__(self, v: Tensor) -> Tensor:
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of one product A v, ``(*batch_shape, m)``."""
+        return (*self.batch_shape, self.num_rows)
+
+    @overload
+    def __matmul__(self, v: Tensor) -> Tensor: ...
+
+    @overload
+    def __matmul__(self, v: "LinearOperator") -> "LinearOperator": ...
+
+    def __matmul__(self, v: "Tensor | LinearOperator") -> "Tensor | LinearOperator":
+        if isinstance(v, LinearOperator):
+            return _composition(self, v)
+        return self._product(v)
+
+    def _product(self, v: Tensor) -> Tensor:
         shape = self.vector_shape
         if v.shape == shape:
             out = self._matvec(v)
@@ -151,10 +215,11 @@ class LinearOperator:
                 f"A @ v needs v of shape {shape}, or (k, {', '.join(map(str, shape))}) for k right-hand sides;"
                 f" got {tuple(v.shape)}."
             )
-        if out.shape != v.shape or out.dtype != self.dtype:
+        wanted = (*v.shape[:-1], self.num_rows)
+        if out.shape != wanted or out.dtype != self.dtype:
             raise ValueError(
-                f"The product of a {tuple(v.shape)} tensor came back as {tuple(out.shape)}, {out.dtype}; wanted the"
-                f" same shape in {self.dtype}. Correct the function given as matvec, matmat, rmatvec or rmatmat."
+                f"The product of a {tuple(v.shape)} tensor came back as {tuple(out.shape)}, {out.dtype}; wanted"
+                f" {wanted} in {self.dtype}. Correct the function given as matvec, matmat, rmatvec or rmatmat."
             )
         return out
 
@@ -183,13 +248,14 @@ class LinearOperator:
         view = copy(self)
         view._matvec, view._rmatvec = self._rmatvec, self._matvec
         view._matmat, view._rmatmat = self._rmatmat, self._matmat
+        view.size, view.num_rows = self.num_rows, self.size
         view._base = self  # A holds no reference to its view: such a cycle would keep autograd graphs alive
         return view
 
     def damped(self, damping: float) -> "LinearOperator":
-        """A + damping · I, with A's structure and A's matrix if that is remembered.
+        """A + damping · I, with A's structure, A's known inverse and A's matrix if that is remembered.
 
-        `damping` must be finite (ValueError); a negative one gives up `definite`.
+        `damping` must be finite (ValueError). It moves `eigenvalue_floor`; a negative one may so give up `definite`.
         """
         if not math.isfinite(damping):
             raise ValueError(f"damping must be finite; got {damping}.")
@@ -198,10 +264,10 @@ class LinearOperator:
     def __add__(self, other: "LinearOperator") -> "LinearOperator":
         if not isinstance(other, LinearOperator):
             return NotImplemented
-        mine = (self.vector_shape, self.dtype, self.device)
-        theirs = (other.vector_shape, other.dtype, other.device)
+        mine = (self.batch_shape, self.shape, self.dtype, self.device)
+        theirs = (other.batch_shape, other.shape, other.dtype, other.device)
         if mine != theirs:
-            raise ValueError(f"A + B needs one vector shape, dtype and device; got {mine} and {theirs}.")
+            raise ValueError(f"A + B needs one batch shape, shape, dtype and device; got {mine} and {theirs}.")
         return _combination([(1.0, self), (1.0, other)], 0.0)
 
     def __rmul__(self, scalar: float) -> "LinearOperator":
@@ -212,10 +278,26 @@ class LinearOperator:
     def __neg__(self) -> "LinearOperator":
         return -1.0 * self
 
-    def to_dense(self) -> Tensor:
-        """The matrix ``(*batch_shape, n, n)``, remembered. Do not change it in place.
+    def restricted(self, index: Tensor) -> "LinearOperator":
+        """The principal submatrix A[index][:, index], at the cost of a product with A each time.
 
-        Costs `dense_cost` products and n² numbers of memory per system. ValueError if `dense` returns another shape.
+        Args:
+            index: ``(k,)`` different positions, or a mask ``(n,)`` of booleans.
+
+        Raises:
+            ValueError: A is not square, or the index names a position twice, outside of A, or none at all.
+
+        Example:
+            >>> A = LinearOperator.from_dense(torch.diag(torch.tensor([1.0, 2.0, 3.0])), symmetric=True)
+            >>> A.restricted(torch.tensor([0, 2])) @ torch.ones(2)
+            tensor([1., 3.])
+        """
+        return _restriction(self, index)
+
+    def to_dense(self) -> Tensor:
+        """The matrix ``(*batch_shape, m, n)``, remembered. Do not change it in place.
+
+        Costs `dense_cost` products and m n numbers of memory per system. ValueError if `dense` returns another shape.
         """
         if self._base is not None:
             return self._base.to_dense().mT
@@ -233,9 +315,9 @@ class LinearOperator:
         return self._dense_cost + sum(term.dense_cost for term in self._terms)
 
     def _make_dense(self) -> Tensor:
-        matrix = self._dense() if self._dense is not None else matrix_of(self.__matmul__, self._example())
-        if matrix.shape != (*self.vector_shape, self.size):
-            raise ValueError(f"dense() returned shape {tuple(matrix.shape)}; wanted {(*self.vector_shape, self.size)}.")
+        matrix = self._dense() if self._dense is not None else matrix_of(self._product, self._example())
+        if matrix.shape != (*self.image_shape, self.size):
+            raise ValueError(f"dense() returned shape {tuple(matrix.shape)}; wanted {(*self.image_shape, self.size)}.")
         return matrix
 
     def without_graph(self) -> "LinearOperator | None":
@@ -247,6 +329,7 @@ class LinearOperator:
             return None
         known = copy(self.base)
         known._act_through(self.base.to_dense())
+        known._structure = self._structure.without_inverse()
         return known.T if self.transposed else known
 
     def remember(self, key: Hashable, make: Callable[[], Result]) -> Result:
@@ -268,7 +351,7 @@ class LinearOperator:
         Args:
             generator: draws u and v; by default they are fixed irregular sequences, which need no random numbers.
         """
-        return asymmetry(self.__matmul__, self._example(), generator)
+        return asymmetry(self._product, self._example(), generator)
 
     def _example(self) -> Tensor:
         return torch.empty(self.vector_shape, dtype=self.dtype, device=self.device)
@@ -279,6 +362,8 @@ def _combination(terms: list[tuple[float, LinearOperator]], shift: float) -> Lin
     scales = [scale for scale, _ in terms]
     operators = [term for _, term in terms]
     first = operators[0]
+    if shift and not first.is_square:
+        raise ValueError(f"A + damping I needs a square operator; got {first}.")
 
     def product(factors: list[LinearOperator]) -> Product:
         if not all(factor.has_product for factor in factors):
@@ -290,19 +375,87 @@ def _combination(terms: list[tuple[float, LinearOperator]], shift: float) -> Lin
         return mixture(scales, [term.to_dense() for term in operators], shift, identity)
 
     forward, backward = product(operators), product([term.T for term in operators])
+    structure = combined(scales, [term._structure for term in operators], shift)
+    return _derived(operators, forward, backward, dense, structure, first.num_rows, first.size)
+
+
+def _composition(left: LinearOperator, right: LinearOperator) -> LinearOperator:
+    """A B."""
+    if (left.vector_shape, left.dtype, left.device) != (right.image_shape, right.dtype, right.device):
+        raise ValueError(
+            f"A @ B needs as many columns of A as rows of B, one dtype and one device; got {left}, {right}."
+        )
+
+    def product(first: LinearOperator, second: LinearOperator) -> Product:
+        if not (first.has_product and second.has_product):
+            return no_transpose
+        return lambda v: second @ (first @ v)
+
+    gram = left.base is right.base and (left.transposed != right.transposed or left.symmetric)
+    structure = composed(left._structure, right._structure, gram)
+    forward = product(right, left)
+    backward = forward if gram else product(left.T, right.T)
+    dense = lambda: left.to_dense() @ right.to_dense()
+    return _derived([left, right], forward, backward, dense, structure, left.num_rows, right.size)
+
+
+def _restriction(A: LinearOperator, index: Tensor) -> LinearOperator:
+    """A[index][:, index]."""
+    if not A.is_square:
+        raise ValueError(f"A principal submatrix needs a square operator; got {A}.")
+    chosen = index.nonzero().squeeze(-1) if index.dtype == torch.bool else index
+    if index.ndim != 1 or index.dtype == torch.bool and len(index) != A.size:
+        raise ValueError(f"restricted needs (k,) positions or a mask of ({A.size},); got shape {tuple(index.shape)}.")
+    if len(chosen) == 0 or len(chosen.unique()) < len(chosen) or chosen.min() < 0 or chosen.max() >= A.size:
+        raise ValueError(f"restricted needs different positions from 0 to {A.size - 1}, at least one; got {index}.")
+
+    def product(factor: LinearOperator) -> Product:
+        def inside(v: Tensor) -> Tensor:
+            padded = v.new_zeros(*v.shape[:-1], factor.size).index_copy(-1, chosen, v)
+            return (factor @ padded).index_select(-1, chosen)
+
+        return inside if factor.has_product else no_transpose
+
+    def dense() -> Tensor:
+        return A.to_dense().index_select(-1, chosen).index_select(-2, chosen)
+
+    known = "dense" in A.base._memo
+    return _derived(
+        [A] if known else [],
+        product(A),
+        product(A.T),
+        dense if known else None,
+        A._structure.restricted(),
+        len(chosen),
+        len(chosen),
+        like=A,
+    )
+
+
+def _derived(
+    terms: list[LinearOperator],
+    forward: Product,
+    backward: Product,
+    dense: Callable[[], Tensor] | None,
+    structure: Structure,
+    num_rows: int,
+    size: int,
+    like: LinearOperator | None = None,
+) -> LinearOperator:
+    """An operator made of others, whose matrix costs what theirs cost."""
+    like = like or terms[0]
     result = LinearOperator(
         forward,
-        first.size,
+        size,
+        num_rows=num_rows,
         rmatvec=backward,
         matmat=forward,
         rmatmat=backward,
         dense=dense,
-        symmetric=all(term.symmetric for term in operators),
-        definite=shift >= 0 and all(term.definite and scale > 0 for scale, term in terms),
-        noise=max(term.noise for term in operators),
-        dtype=first.dtype,
-        device=first.device,
-        batch_shape=first.batch_shape,
+        dtype=like.dtype,
+        device=like.device,
+        batch_shape=like.batch_shape,
     )
-    result._terms = tuple(operators)
+    result._structure = structure
+    result._terms = tuple(terms)
     return result

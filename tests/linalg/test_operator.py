@@ -200,13 +200,15 @@ def test_refuses_contradictory_declarations():
         make(dtype=torch.complex64)
     with pytest.raises(ValueError, match="real floating dtype; got torch.int64"):
         make(dtype=torch.int64)
-    with pytest.raises(ValueError, match="size >= 1; got 0"):
+    with pytest.raises(ValueError, match="size >= 1 and num_rows >= 1; got 0"):
         make(size=0, dtype=torch.float64)
 
 
-def test_refuses_a_matrix_that_is_not_square_or_not_symmetric():
-    with pytest.raises(ValueError, match=r"\(\*batch, n, n\); got \(2, 3\)"):
-        LinearOperator.from_dense(torch.ones(2, 3))
+def test_refuses_what_is_no_matrix_or_not_symmetric():
+    with pytest.raises(ValueError, match=r"\(\*batch, m, n\); got \(3,\)"):
+        LinearOperator.from_dense(torch.ones(3))
+    with pytest.raises(ValueError, match="A symmetric operator is square; got 2 rows and 3 columns"):
+        LinearOperator.from_dense(torch.ones(2, 3), symmetric=True)
     with pytest.raises(ValueError, match="declared symmetric"):
         LinearOperator.from_dense(torch.tensor([[1.0, 2.0], [0.0, 1.0]]), symmetric=True)
 
@@ -233,7 +235,7 @@ def test_dense_of_another_shape_is_refused():
 def test_sum_refuses_operators_that_do_not_fit():
     A = by_products(rows(N, N))
     for other in (by_products(rows(N + 1, N + 1)), by_products(rows(2, N, N)), by_products(rows(N, N).float())):
-        with pytest.raises(ValueError, match=r"A \+ B needs one vector shape"):
+        with pytest.raises(ValueError, match=r"A \+ B needs one batch shape"):
             _ = A + other
     with pytest.raises(TypeError):
         _ = A + 1.0  # pyright: ignore[reportOperatorIssue]
