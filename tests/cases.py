@@ -8,7 +8,22 @@ import torch
 from torch import Tensor
 
 from implicitgrad import FixedPoint, OptimalityCondition, Stationary
-from implicitgrad.linalg import CG, GMRES, LU, MINRES, Auto, Cholesky, LinearSolver, Neumann
+from implicitgrad.linalg import (
+    CG,
+    CGLS,
+    GMRES,
+    LDL,
+    LSMR,
+    LU,
+    MINRES,
+    Auto,
+    BiCGSTAB,
+    BlockCG,
+    Chebyshev,
+    Cholesky,
+    LinearSolver,
+    Neumann,
+)
 
 
 @dataclass(frozen=True)
@@ -30,11 +45,18 @@ class SolverCase:
 
 SOLVERS = [
     SolverCase(CG(), "definite", capped=CG(max_iter=1)),
+    SolverCase(BlockCG(), "definite", capped=BlockCG(max_iter=1)),
     SolverCase(MINRES(), "symmetric", capped=MINRES(max_iter=1)),
     SolverCase(GMRES(), "square", capped=GMRES(max_iter=1)),
     SolverCase(GMRES(restart=4), "contraction", capped=GMRES(max_iter=1)),
+    SolverCase(BiCGSTAB(), "square", capped=BiCGSTAB(max_iter=1)),
+    SolverCase(LSMR(), "square", capped=LSMR(max_iter=1)),
+    SolverCase(CGLS(), "square", capped=CGLS(max_iter=1)),
     SolverCase(Neumann(num_terms=200), "contraction", capped=Neumann(num_terms=1)),
+    SolverCase(Neumann(num_terms=200, step=None), "contraction", capped=Neumann(num_terms=1, step=None)),
+    SolverCase(Chebyshev(), "definite", capped=Chebyshev(max_iter=1)),
     SolverCase(Cholesky(), "definite"),
+    SolverCase(LDL(), "symmetric"),
     SolverCase(LU(), "square"),
     SolverCase(Auto(), "square"),
     SolverCase(Auto(dense_size=0), "square", capped=Auto(dense_size=0, max_iter=1)),

@@ -8,9 +8,14 @@ from torch import Tensor
 
 from implicitgrad.linalg.checks import check_count, check_rtol, require_symmetric
 from implicitgrad.linalg.cycles import Cycle, solve_in_cycles
+from implicitgrad.linalg.hindsight import Coefficients
 from implicitgrad.linalg.operator import LinearOperator
+from implicitgrad.linalg.preconditioner import Preconditioner
 from implicitgrad.linalg.rows import any_row, check_every, row_dot
 from implicitgrad.linalg.solver import LinearSolver, Products, Solution, check_finite
+
+NEGATIVE_CURVATURE = "negative curvature"
+MISLED = "preconditioner not positive definite"
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,10 @@ class CG(LinearSolver):
     Whether A is definite need not be known: a direction p with ``pᵀAp <= 0`` ends that row with the reason
     "negative curvature" and the iterate before it. Take `MINRES` then.
 
+    The coefficients of the recurrence give `Solution.ritz_min`, `Solution.ritz_max` and `Solution.energy_error` at no
+    product. The Ritz values are missing with a preconditioner P, where they would be those of P A, and for more than
+    256 right-hand sides; all three are missing after negative curvature.
+
     Source: Hestenes and Stiefel (1952), section 3; preconditioned as in Saad, Iterative Methods (2003), algorithm 9.1.
     Departures: every right-hand side has its own step lengths and stands still once done; after the recurrence has
     converged the residual is computed afresh and CG restarted from there if it is too large.
@@ -35,7 +44,7 @@ class CG(LinearSolver):
         num_refinements: restarts after the recurrence has converged and the true residual has not. One that does not
             halve the residual is the last, with the reason "precision floor".
         preconditioner: ``r -> z`` on ``(..., n)``, symmetric positive definite, close to A⁻¹ r. It must leave r
-            unchanged.
+            unchanged. Or a recipe, which is carried out at the first solve with an operator and remembered there.
 
     Raises:
         ValueError: a hyperparameter out of range; in `solve`, an operator that is not declared symmetric (use GMRES).
@@ -49,7 +58,7 @@ class CG(LinearSolver):
     rtol: float | None = None
     max_iter: int | None = None
     num_refinements: int = 2
-    preconditioner: Callable[[Tensor], Tensor] | None = None
+    preconditioner: Callable[[Tensor], Tensor] | Preconditioner | None = None
 
     def __post_init__(self) -> None:
         check_rtol("CG", self.rtol)
@@ -58,9 +67,13 @@ class CG(LinearSolver):
 
     def solve(self, A: LinearOperator, b: Tensor, x0: Tensor | None = None) -> Solution:
         require_symmetric("CG", A, "GMRES")
+
+        def recurrence(product: Products, residual: Tensor, target: float, budget: int) -> Cycle:
+            return conjugate_gradients(product, residual, target, budget, carried_out(self.preconditioner, A, product))
+
         return solve_in_cycles(
             "CG",
-            self._recurrence,
+            recurrence,
             A,
             b,
             x0,
@@ -70,44 +83,70 @@ class CG(LinearSolver):
             num_vectors=5,
         )
 
-    def _recurrence(self, product: Products, residual: Tensor, target: float, budget: int) -> Cycle:
-        every, limit = check_every(residual), target**2
-        d, r = torch.zeros_like(residual), residual.clone()
-        z, rho, square = self._precondition(r)
-        p = z.clone()
-        zero = torch.zeros_like(square)
-        lowest = zero + torch.inf  # curvature so far; keeps a NaN
-        active = square > limit
-        num_iter = 0
-        while num_iter < budget:
-            num_iter += 1
-            q = product(p)
-            curvature = row_dot(p, q)
-            lowest = torch.minimum(lowest, curvature)
-            active = active & (curvature > 0)
-            step = torch.where(active, rho / curvature, zero)
-            d.addcmul_(p, step)
-            r.addcmul_(q, step, value=-1)
-            old_rho = rho
-            z, rho, square = self._precondition(r)
-            active = active & (square > limit)
-            if self.preconditioner is not None:
-                active = active & (rho > 0)
-            if num_iter % every == 0 and not any_row(active):
-                break
-            torch.addcmul(z, p, torch.where(active, rho / old_rho, zero), out=p)
-        check_finite("CG", num_iter, lowest, square, rho)
-        claimed = square <= limit
-        broken = ~active & ~claimed
-        misled = self.preconditioner is not None and bool((broken & (rho <= 0)).any())
-        return Cycle(
-            d, num_iter, claimed, broken, "preconditioner not positive definite" if misled else "negative curvature"
-        )
 
-    def _precondition(self, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z = P r, <r, z> and <r, r>."""
-        square = row_dot(r, r)
-        if self.preconditioner is None:
-            return r, square, square
-        z = self.preconditioner(r).detach()
-        return z, row_dot(r, z), square
+def carried_out(
+    preconditioner: Callable[[Tensor], Tensor] | Preconditioner | None, A: LinearOperator, product: Products
+) -> Callable[[Tensor], Tensor] | None:
+    """The function ``r -> P r``; the products that a recipe spends are counted in `product`."""
+    if not isinstance(preconditioner, Preconditioner):
+        return preconditioner
+
+    def build() -> Callable[[Tensor], Tensor]:
+        product.count += preconditioner.cost(A.base)
+        return preconditioner.build(A.base)
+
+    return A.remember(preconditioner, build)
+
+
+def conjugate_gradients(
+    product: Products,
+    residual: Tensor,
+    target: float,
+    budget: int,
+    precondition: Callable[[Tensor], Tensor] | None = None,
+) -> Cycle:
+    """One run of the recurrence, every row by itself; a `Recurrence` if there is no preconditioner."""
+    every, limit = check_every(residual), target**2
+    coefficients = Coefficients()
+    d, r = torch.zeros_like(residual), residual.clone()
+    z, rho, square = _precondition(precondition, r)
+    p = z.clone()
+    zero = torch.zeros_like(square)
+    lowest = zero + torch.inf  # curvature so far; keeps a NaN
+    active = square > limit
+    num_iter = 0
+    while num_iter < budget:
+        num_iter += 1
+        q = product(p)
+        curvature = row_dot(p, q)
+        lowest = torch.minimum(lowest, curvature)
+        active = active & (curvature > 0)
+        step = torch.where(active, rho / curvature, zero)
+        coefficients.append(step, rho)
+        d.addcmul_(p, step)
+        r.addcmul_(q, step, value=-1)
+        old_rho = rho
+        z, rho, square = _precondition(precondition, r)
+        active = active & (square > limit)
+        if precondition is not None:
+            active = active & (rho > 0)
+        if num_iter % every == 0 and not any_row(active):
+            break
+        torch.addcmul(z, p, torch.where(active, rho / old_rho, zero), out=p)
+    check_finite("CG", num_iter, lowest, square, rho)
+    claimed = square <= limit
+    broken = ~active & ~claimed
+    if any_row(broken):
+        reason = MISLED if precondition is not None and any_row(broken & (rho <= 0)) else NEGATIVE_CURVATURE
+        return Cycle(d, num_iter, claimed, broken, reason)
+    hindsight = coefficients.hindsight(rho, square, ritz=precondition is None)
+    return Cycle(d, num_iter, claimed, broken, hindsight=hindsight)
+
+
+def _precondition(precondition: Callable[[Tensor], Tensor] | None, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """z = P r, <r, z> and <r, r>."""
+    square = row_dot(r, r)
+    if precondition is None:
+        return r, square, square
+    z = precondition(r).detach()
+    return z, row_dot(r, z), square

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from implicitgrad.linalg.checks import check_system, default_rtol
+from implicitgrad.linalg.hindsight import Hindsight, merged
 from implicitgrad.linalg.operator import LinearOperator
 from implicitgrad.linalg.rows import any_row, safe_row_norm
 from implicitgrad.linalg.solver import Products, Solution, check_finite, unscaled_solution, zero_solution
@@ -32,6 +33,7 @@ class Cycle(NamedTuple):
     claimed: Tensor  # rows whose estimated residual met the target
     broken: Tensor  # rows on which the method cannot go on
     reason: str = ""  # why, for the broken rows
+    hindsight: Hindsight | None = None  # of methods that have one, unless they broke down
 
 
 # (product, residual, target, budget) -> Cycle. Rows with a zero residual are to be left alone, the residual unchanged.
@@ -81,7 +83,7 @@ def solve_in_cycles(
     check_finite(name, 0, relative)
     unsolved = ~(relative <= rtol)
     broken = floor = stuck = refined = torch.zeros_like(unsolved)
-    num_iter, refinement, reason = 0, 0, ""
+    num_iter, refinement, reason, hindsight = 0, 0, "", None
     while num_iter < budget and refinement <= num_refinements and any_row(unsolved):
         target = rtol * REFINEMENT_TARGET if refinement else rtol
         cycle = recurrence(product, torch.where(unsolved, r, 0), target, budget - num_iter)
@@ -101,6 +103,7 @@ def solve_in_cycles(
         refined = refined | cycle.claimed
         unsolved = unsolved & ~(floor | broken | stuck)
         reason = reason or cycle.reason
+        hindsight = merged(hindsight, cycle.hindsight)
 
         # the first iterate is kept even where its residual is larger: CG lowers the error, not the residual
         kept = (new_relative < relative) | first
@@ -124,4 +127,5 @@ def solve_in_cycles(
         converged=reason == "converged",
         reason=reason,
         memory=(num_vectors + 2) * b.nbytes,  # with x and b in scaled form
+        hindsight=None if any_row(broken) else hindsight,
     )

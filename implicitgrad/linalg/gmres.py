@@ -1,17 +1,21 @@
 """Generalised minimal residuals for systems without symmetry."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from implicitgrad.linalg.checks import check_count, check_rtol
+from implicitgrad.linalg.checks import check_count, check_right_preconditioner, check_rtol
 from implicitgrad.linalg.cycles import Cycle, solve_in_cycles
 from implicitgrad.linalg.matrix import factor_dtype
 from implicitgrad.linalg.operator import LinearOperator
 from implicitgrad.linalg.rows import any_row, check_every, row_dot, row_norm
 from implicitgrad.linalg.solver import LinearSolver, Products, Solution, check_finite
+
+# A restarted method may well need more than 10 n iterations; what cannot be solved is told apart by its stagnation.
+DEFAULT_MAX_ITER = 2000
 
 
 @dataclass(frozen=True)
@@ -21,17 +25,19 @@ class GMRES(LinearSolver):
     Each iterate minimises |b - A x| over a Krylov space, whose basis is kept: ``restart + 1`` vectors of memory per
     right-hand side, one product and 4 j passes over a vector in the j-th iteration. With ``n <= restart`` it ends with
     the solution after n iterations at the latest; otherwise a cycle that gains less than 0.1 % ends the row with the
-    reason "stagnated". A larger `restart` helps then, or `LU`.
+    reason "stagnated". A larger `restart` helps then, a preconditioner, or `LU`.
 
     Source: Saad and Schultz (1986), algorithm 4, with classical Gram-Schmidt done twice (Giraud, Langou, Rozložník and
-    van den Eshof, 2005). Departures: the residual norm of iteration j is ``|r| / |u|`` with the null vector u of the
-    transposed Hessenberg matrix, ``u₀ = 1`` (Ayachour 2003), one dot product per step instead of a chain of rotations;
-    the residual at each restart is computed from its definition.
+    van den Eshof, 2005), preconditioned on the right as in Saad, Iterative Methods (2003), algorithm 9.5, so that the
+    residual stays that of A x = b. Departures: the residual norm of iteration j is ``|r| / |u|`` with the null vector u
+    of the transposed Hessenberg matrix, ``u₀ = 1`` (Ayachour 2003), one dot product per step instead of a chain of
+    rotations; the residual at each restart is computed from its definition.
 
     Args:
         rtol: stops at |b - A x| <= rtol |b|; None for 1e-10 in float64, 1e-5 in float32, 1e-2 below.
         restart: iterations per cycle.
-        max_iter: iterations over all cycles; None for 10 n, at most 2000.
+        max_iter: iterations over all cycles; None for 2000.
+        preconditioner: ``r -> z`` on ``(..., n)``, linear, close to A⁻¹ r. It must leave r unchanged.
 
     Raises:
         ValueError: a hyperparameter out of range.
@@ -45,28 +51,38 @@ class GMRES(LinearSolver):
     rtol: float | None = None
     restart: int = 30
     max_iter: int | None = None
+    preconditioner: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         check_rtol("GMRES", self.rtol)
         check_count("GMRES", "restart", self.restart)
         check_count("GMRES", "max_iter", self.max_iter)
+        check_right_preconditioner("GMRES", self.preconditioner)
 
     def solve(self, A: LinearOperator, b: Tensor, x0: Tensor | None = None) -> Solution:
         length = min(self.restart, A.size)
+        precondition = self.preconditioner or (lambda v: v)
         return solve_in_cycles(
             "GMRES",
-            partial(_recurrence, length),
+            partial(_recurrence, length, precondition),
             A,
             b,
             x0,
             rtol=self.rtol,
-            max_iter=self.max_iter,
+            max_iter=self.max_iter or DEFAULT_MAX_ITER,
             num_refinements=2,
             num_vectors=length + 4,
         )
 
 
-def _recurrence(length: int, product: Products, residual: Tensor, target: float, budget: int) -> Cycle:
+def _recurrence(
+    length: int,
+    precondition: Callable[[Tensor], Tensor],
+    product: Products,
+    residual: Tensor,
+    target: float,
+    budget: int,
+) -> Cycle:
     length = min(length, budget)
     every, eps = check_every(residual), torch.finfo(residual.dtype).eps
     rows, n = residual.shape[:-1], residual.shape[-1]
@@ -81,7 +97,7 @@ def _recurrence(length: int, product: Products, residual: Tensor, target: float,
     basis[..., 0, :] = residual * torch.where(active, 1 / size, zero)
     j = 0
     while j < length:
-        image = product(basis[..., j, :].contiguous())
+        image = product(precondition(basis[..., j, :].contiguous()).detach())
         known = basis[..., : j + 1, :]
         column, rest = _orthogonalised(image, known)
         height = row_norm(rest)
@@ -106,7 +122,7 @@ def _recurrence(length: int, product: Products, residual: Tensor, target: float,
             break
     check_finite("GMRES", j, estimate)
     coefficients = _least_squares(hessenberg[..., : j + 1, :j], size)
-    step = (coefficients.unsqueeze(-2) @ basis[..., :j, :]).squeeze(-2)
+    step = precondition((coefficients.unsqueeze(-2) @ basis[..., :j, :]).squeeze(-2)).detach()
     return Cycle(step, j, estimate <= target, torch.zeros_like(active))
 
 

@@ -14,7 +14,7 @@ from implicitgrad.linalg.solver import LinearSolver, Solution, zero_solution
 class KnownInverse(LinearSolver):
     """Solves with an operator that knows its inverse: low rank plus identity, Kronecker factors.
 
-    The operators of `LowRank` (Woodbury's identity), of K-FAC (the eigenbasis of its factors) and of the exact
+    The operators of `LowRankInverse` (Woodbury's identity), of K-FAC (the eigenbasis of its factors) and of the exact
     Gauss-Newton matrix know theirs for every damping. The answer is measured by a product with A and refined once where
     it misses `rtol`: rounding in Woodbury's identity grows with the largest eigenvalue over the damping. Costs two
     applications of the inverse and two products at most; `x0` is not used.

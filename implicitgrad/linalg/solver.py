@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from implicitgrad.linalg.checks import CheckedSystem
+from implicitgrad.linalg.hindsight import Hindsight
 from implicitgrad.linalg.operator import LinearOperator
 
 
@@ -25,6 +26,11 @@ class Solution:
         reason: why the solver stopped, in words; with several right-hand sides the worst of their reasons.
         solver: class name of the solver that produced the value (`Auto` names its choice).
         memory: bytes of the vectors and matrices the solver held, besides A.
+        ritz_min: smallest Ritz value of A over all right-hand sides, above its smallest eigenvalue; None if the solver
+            yields none.
+        ritz_max: the largest one, below the largest eigenvalue.
+        energy_error: estimate of the largest |x - x*|_A over right-hand sides, from below; None if there is none.
+        normal_residual: |Aᵀ(b - A x) - damping x| of a least-squares solver, like `residual_norm`; None for the rest.
     """
 
     value: Tensor
@@ -36,6 +42,10 @@ class Solution:
     reason: str
     solver: str
     memory: int
+    ritz_min: float | None = None
+    ritz_max: float | None = None
+    energy_error: float | None = None
+    normal_residual: Tensor | None = None
 
 
 class LinearSolver(ABC):
@@ -88,6 +98,7 @@ def unscaled_solution(
     converged: bool,
     reason: str,
     memory: int,
+    hindsight: Hindsight | None = None,
 ) -> Solution:
     """The solution in the units of the caller.
 
@@ -101,6 +112,7 @@ def unscaled_solution(
         converged: for every row.
         reason: in words.
         memory: in bytes.
+        hindsight: what conjugate gradients know about the spectrum and the error.
 
     Raises:
         FloatingPointError: NaN or infinity in the solution.
@@ -108,9 +120,10 @@ def unscaled_solution(
     value = x * system.scale
     check_finite(solver, num_iter, value)
     shape = system.b.shape[:-1]
+    residual = relative * system.scale
     return Solution(
         value=value,
-        residual_norm=(relative * system.scale).reshape(shape),
+        residual_norm=residual.reshape(shape),
         relative_residual=relative.reshape(shape),
         num_iter=num_iter,
         num_matvec=num_matvec,
@@ -118,6 +131,9 @@ def unscaled_solution(
         reason=reason,
         solver=solver,
         memory=memory,
+        ritz_min=hindsight and hindsight.ritz_min,
+        ritz_max=hindsight and hindsight.ritz_max,
+        energy_error=hindsight and (hindsight.energy_per_residual * residual).max().item(),
     )
 
 

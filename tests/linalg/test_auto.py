@@ -1,5 +1,7 @@
 """What Auto chooses, and that whatever it returns is solved or flagged."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue]
 
-from implicitgrad.linalg import Auto, LinearOperator
+from implicitgrad.linalg import Auto, LinearOperator, Solution
 
 
 def rows(*shape: int, seed: int = 0) -> Tensor:
@@ -69,6 +71,109 @@ def test_a_failed_cholesky_is_not_tried_again(monkeypatch: pytest.MonkeyPatch):
 def test_hands_its_tolerance_on():
     assert not Auto(rtol=1e-16).solve(symmetric([1e-9, 1.0, 3.0]), rows(3)).converged
     assert Auto(rtol=1e-2, dense_size=0).solve(DEFINITE, rows(4)).num_iter < 4
+
+
+def by_products(matrix: Tensor, symmetric: bool = True, **declared: object) -> tuple[LinearOperator, list[int]]:
+    """An operator that knows nothing but products, and how many vectors it has multiplied so far."""
+    count = [0]
+
+    def product(v: Tensor) -> Tensor:
+        count[0] += v.numel() // len(matrix)
+        return v @ matrix.mT
+
+    A = LinearOperator(
+        product,
+        len(matrix),
+        rmatvec=lambda v: v @ matrix,
+        matmat=product,
+        symmetric=symmetric,
+        dtype=matrix.dtype,
+        device="cpu",
+        **declared,  # pyright: ignore[reportArgumentType]
+    )
+    return A, count
+
+
+def spread_spectrum(n: int, condition: float) -> Tensor:
+    q, _ = torch.linalg.qr(rows(n, n))
+    return (q * torch.logspace(-math.log10(condition), 0, n, dtype=torch.float64)) @ q.mT
+
+
+def is_solved(matrix: Tensor, solution: Solution, b: Tensor) -> bool:
+    residual = torch.linalg.vector_norm(b - solution.value @ matrix.mT, dim=-1)
+    return solution.converged and bool((residual <= 1.01e-10 * torch.linalg.vector_norm(b, dim=-1)).all())
+
+
+def test_a_known_inverse_is_used_and_a_wrong_one_is_not_trusted():
+    matrix, b = spread_spectrum(8, 10.0), rows(8)
+    for factor, solver in ((1.0, "KnownInverse"), (1.5, "CG")):
+        inverse = lambda lam, f=factor: lambda v: f * v @ torch.linalg.inv(matrix)
+        A, count = by_products(matrix, definite=True, shifted_inverse=inverse)
+        solution = Auto(dense_size=0).solve(A, b)
+        assert solution.solver == solver and is_solved(matrix, solution, b)
+        assert solution.num_matvec == count[0]
+    assert "the inverse that the operator knows left a residual" in solution.reason
+
+
+def test_many_right_hand_sides_share_a_krylov_space():
+    matrix, b = spread_spectrum(60, 100.0), rows(4, 60)
+    A, count = by_products(matrix)
+    solution = Auto(dense_size=10).solve(A, b)
+    assert solution.solver == "BlockCG" and "4 right-hand sides" in solution.reason
+    assert is_solved(matrix, solution, b) and solution.num_matvec == count[0]
+    assert Auto(dense_size=10).solve(A, b[:3]).solver == "CG"
+
+
+def test_slow_cg_gives_way_to_the_matrix_where_that_is_cheaper():
+    matrix, b = spread_spectrum(240, 1e7), rows(240)
+    A, count = by_products(matrix)
+    solution = Auto(dense_size=60).solve(A, b)
+    assert solution.solver == "Cholesky" and is_solved(matrix, solution, b)
+    assert "CG left" in solution.reason and "after 200 iterations" in solution.reason
+    assert solution.num_matvec == count[0] <= 200 + 240 + 4
+    before = count[0]
+    again = Auto(dense_size=60).solve(A, rows(240, seed=1))
+    assert "the matrix is there from an earlier solve" in again.reason
+    assert count[0] - before == again.num_matvec <= 2
+
+
+def test_badly_scaled_unknowns_get_a_diagonal_preconditioner_and_keep_it():
+    scales = torch.logspace(-5, 0, 300, dtype=torch.float64)
+    matrix, b = torch.diag(scales) + 1e-6 * spread_spectrum(300, 10.0), rows(300)
+    A, count = by_products(matrix)
+    solution = Auto(rtol=1e-8, dense_size=10).solve(A, b)
+    assert solution.converged and ": kept)" in solution.reason
+    assert solution.num_matvec == count[0]
+    again = Auto(rtol=1e-8, dense_size=10).solve(A, b)
+    assert again.converged and "kept from an earlier solve" in again.reason
+    assert again.num_iter < 200
+
+
+def test_a_preconditioner_that_does_not_pay_is_dropped():
+    matrix, b = spread_spectrum(400, 1e5), rows(400)  # its diagonal is nearly constant
+    A, _ = by_products(matrix)
+    solution = Auto(rtol=1e-6, dense_size=10).solve(A, b)
+    assert ": dropped)" in solution.reason and solution.converged
+
+
+def test_gmres_gives_way_when_it_stagnates():
+    shift = torch.roll(torch.eye(120, dtype=torch.float64), 1, 0)  # every cycle of GMRES but the last gains nothing
+    b = rows(120)
+    for dense_size, solver in ((30, "LU"), (10, "BiCGSTAB")):
+        A, count = by_products(shift, symmetric=False)
+        solution = Auto(dense_size=dense_size).solve(A, b)
+        assert "GMRES stagnated" in solution.reason
+        assert solution.num_matvec == count[0]
+        if solver == "LU":
+            assert solution.solver == "LU" and is_solved(shift, solution, b)
+        else:
+            assert not solution.converged or is_solved(shift, solution, b)
+
+
+def test_a_basis_too_large_for_memory_is_avoided(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("implicitgrad.linalg.auto.LARGEST_BASIS", 30 * 4 * 8)
+    solution = Auto(dense_size=0).solve(NONSYMMETRIC, rows(4))
+    assert solution.solver == "BiCGSTAB" and "a basis for GMRES would take 31 times b" in solution.reason
 
 
 @st.composite
