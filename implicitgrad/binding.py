@@ -74,6 +74,7 @@ class BoundCondition:
             _flat_residual(condition, self.y, self.unravel, self._arguments),
             first_order_residual=twin and _flat_residual(twin, self.y, self.unravel, self._arguments),
             symmetric=condition.symmetric,
+            eigenvalue_floor=condition.strong_convexity,
             probe=not condition.symmetric_by_construction,
             solver=options.solver or Auto(),
             policy=options.policy(),

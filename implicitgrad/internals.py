@@ -6,6 +6,7 @@ Written against torch 2.13; a new torch is checked here first.
 # pyright: reportAttributeAccessIssue=false, reportPrivateImportUsage=false
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,3 +112,8 @@ def is_custom_function(func: object) -> bool:
 
 
 weight_norm = torch._weight_norm
+
+
+def gradient_sizes(node: Any) -> list[int]:
+    """How many numbers each gradient has that arrives at a node of the graph."""
+    return [torch.Size(meta.shape).numel() for meta in node._input_metadata]

@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from implicitgrad.linalg import Solution
+from implicitgrad.linalg import ErrorBound, Solution
 
 OnUnconverged = Literal["warn", "raise", "ignore"]
 _PACKAGE = str(Path(__file__).parent) + os.sep
@@ -41,6 +41,8 @@ class LinearSolve:
         reason: Which solver, and why it stopped.
         seconds: Wall time; on a GPU the time to queue the work, unless the solver had to wait for results.
         memory: Bytes of vectors and matrices held by the solver.
+        error_bound: Bound on `‖u - u*‖` where the smallest eigenvalue is known or was estimated on the way.
+        energy_error: Estimate from below of the error in the norm of the matrix, by conjugate gradients.
     """
 
     kind: Literal["adjoint", "tangent"]
@@ -54,9 +56,13 @@ class LinearSolve:
     reason: str
     seconds: float
     memory: int
+    error_bound: ErrorBound | None = None
+    energy_error: float | None = None
 
     @classmethod
-    def of(cls, kind: Literal["adjoint", "tangent"], solution: Solution, seconds: float) -> "LinearSolve":
+    def of(
+        cls, kind: Literal["adjoint", "tangent"], solution: Solution, bound: ErrorBound | None, seconds: float
+    ) -> "LinearSolve":
         """The record of a `Solution` that took `seconds`."""
         return cls(
             kind=kind,
@@ -70,6 +76,8 @@ class LinearSolve:
             reason=solution.reason if solution.solver in solution.reason else f"{solution.solver}: {solution.reason}",
             seconds=seconds,
             memory=solution.memory,
+            error_bound=bound,
+            energy_error=solution.energy_error,
         )
 
 
@@ -151,8 +159,9 @@ class Report:
         for solve in self.solves:
             mark = "" if solve.converged else "  NOT CONVERGED"
             count = f" x{solve.right_hand_sides}" if solve.right_hand_sides > 1 else ""
+            bound = f"  error {solve.error_bound}" if solve.error_bound else ""
             lines.append(
-                f"  {solve.kind:8s} residual {solve.residual:.1e}  relative {solve.relative_residual:.1e}"
+                f"  {solve.kind:8s} residual {solve.residual:.1e}  relative {solve.relative_residual:.1e}{bound}"
                 f"  {1e3 * solve.seconds:.1f} ms{mark}\n"
                 f"           {solve.reason}{count}, {solve.iterations} iterations, {solve.products} products, "
                 f"{_bytes(solve.memory)}"

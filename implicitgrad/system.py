@@ -10,7 +10,8 @@ from implicitgrad import internals, report, tree
 from implicitgrad.curvature import hvp
 from implicitgrad.curvature.jacobian import Linearization
 from implicitgrad.isolation import Isolation
-from implicitgrad.linalg import AsymmetryError, LinearOperator, LinearSolver, check_symmetric, irregular
+from implicitgrad.linalg import AsymmetryError, LinearOperator, LinearSolver, Solution, check_symmetric, irregular
+from implicitgrad.linalg.certificate import check_floor, solution_error
 from implicitgrad.report import ConvergenceError, LinearSolve, Policy, Report
 
 
@@ -24,6 +25,7 @@ class System:
         residual: `(y, *inputs) -> r`, all flat: `y` and `r` of shape `(*batch_shape, n)`.
         first_order_residual: The same from first-order derivatives of user code, tried when double backward is missing.
         symmetric: Whether `A` is declared symmetric.
+        eigenvalue_floor: A lower bound on the eigenvalues of a symmetric `A` that the user vouches for.
         probe: Whether that declaration is to be tested.
         solver: Solves systems with `A`.
         policy: What to do when something has not converged.
@@ -39,6 +41,7 @@ class System:
         *,
         first_order_residual: Callable[..., Tensor] | None,
         symmetric: bool,
+        eigenvalue_floor: float | None,
         probe: bool,
         solver: LinearSolver,
         policy: Policy,
@@ -52,6 +55,7 @@ class System:
         self.direct: list[Tensor] = []  # closed-over leaves, the last of the inputs: the residual finds them by itself
         self._first_order_residual = first_order_residual
         self._symmetric = symmetric
+        self._eigenvalue_floor = eigenvalue_floor
         self._probe = probe
         self._solver = solver
         self._policy = policy
@@ -206,7 +210,7 @@ class System:
 
     def _graph_operator(self, linearization: Linearization) -> LinearOperator:
         if self._operator is None:
-            operator = linearization.operator()
+            operator = linearization.operator(eigenvalue_floor=self._eigenvalue_floor)
             if self._symmetric and self._probe:
                 self._check_symmetric(operator)
                 self._probe = False
@@ -223,26 +227,43 @@ class System:
                 "construct it with symmetric=False"
             ) from None
 
+    def operator(self, y: Tensor, inputs: Sequence[Tensor]) -> LinearOperator:
+        """`A` at this solution, on the shared graph or through its remembered matrix; use it in isolation."""
+        if self._operator is None:
+            self._graph_operator(self.linearize(y, inputs))
+        assert self._operator is not None
+        return self._operator
+
     def solve(self, b: Tensor, y: Tensor, inputs: Sequence[Tensor], transposed: bool) -> Tensor:
         """Numbers only: `A⁻¹b` or, transposed, `A⁻ᵀb` for `b` of shape `(*rows, *batch_shape, n)`."""
+        return self.full_solve(b, y, inputs, transposed).value.reshape(b.shape)
+
+    def full_solve(
+        self,
+        b: Tensor,
+        y: Tensor,
+        inputs: Sequence[Tensor],
+        transposed: bool,
+        approximation: LinearOperator | None = None,
+    ) -> Solution:
+        """The same with all that the solver tells, `b` as one block; with another operator in place of `A` if given."""
         began = time.perf_counter()
         with self.isolation():
-            if self._operator is None:
-                self._graph_operator(self.linearize(y, inputs))
-            assert self._operator is not None
+            operator = self.operator(y, inputs) if approximation is None else approximation
             block = b if b.dim() == y.dim() else b.reshape(-1, *y.shape)
-            flipped = transposed and not self._symmetric
-            operator = self._operator.T if flipped else self._operator
+            operator = operator.T if transposed else operator
             other = self._starts.get(not transposed) if self._symmetric else None
             start = _scaled_start(self._starts.get(transposed, other), block)
             solution = self._solver.solve(operator, block, start)
+            check_floor(operator, solution)
+            bound = solution_error(operator, block, solution, dense=False)
         if solution.converged:  # an unfinished solve must not depend on what was solved before
             self._starts[transposed] = (block, solution.value)
-        solve = LinearSolve.of("adjoint" if transposed else "tangent", solution, time.perf_counter() - began)
+        solve = LinearSolve.of("adjoint" if transposed else "tangent", solution, bound, time.perf_counter() - began)
         self.record.solves.append(solve)
         report.publish(self.record)
         self._policy.judge_solve(solve)
-        return solution.value.reshape(b.shape)
+        return solution
 
     def pullback(self, cotangent: Tensor, y: Tensor, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> list:
         """`cotangent · ∂r/∂inputs` for the wanted inputs, None for the rest; differentiable when gradients are on."""
@@ -298,6 +319,7 @@ class System:
                 torch.func.vmap(self.residual, in_dims=tuple(in_dims), randomness="same"),
                 first_order_residual=None,
                 symmetric=self._symmetric,
+                eigenvalue_floor=self._eigenvalue_floor,
                 probe=self._probe,
                 solver=self._solver,
                 policy=self._policy,

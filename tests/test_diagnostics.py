@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,13 +138,15 @@ def test_hypergradient_with_an_inner_solution_off_by_a_tenth_warns() -> None:
 
 
 def test_strong_convexity_buys_a_bound() -> None:
+    assert isinstance(RIDGE.condition, ig.Stationary)
     off = 1.1 * RIDGE.exact(RIDGE.x, *RIDGE.data)
-    arguments = (upper, RIDGE.condition, RIDGE.x, off, *RIDGE.data)
-    bound = ig.hypergradient(*arguments, strong_convexity=0.6, on_unconverged="ignore").inner_error_bound
+    arguments = (RIDGE.x, off, *RIDGE.data)
+    convex = replace(RIDGE.condition, strong_convexity=0.6)
+    bound = ig.hypergradient(upper, convex, *arguments, on_unconverged="ignore").inner_error_bound
     assert bound is not None and bound >= torch.linalg.vector_norm(off / 11).item()
-    assert ig.hypergradient(*arguments, on_unconverged="ignore").inner_error_bound is None
-    with pytest.raises(ValueError, match="strong_convexity"):
-        ig.hypergradient(*arguments, strong_convexity=0.0)
+    assert ig.hypergradient(upper, RIDGE.condition, *arguments, on_unconverged="ignore").inner_error_bound is None
+    with pytest.raises(ValueError, match="strong_convexity must be a positive number, got 0"):
+        replace(convex, strong_convexity=0.0)
 
 
 def test_upper_loss_that_uses_nothing_or_is_no_scalar_is_refused() -> None:

@@ -11,11 +11,14 @@ class OptimalityCondition(ABC):
     Attributes:
         symmetric: Whether the Jacobian `∂residual/∂y` is symmetric.
         symmetric_by_construction: Whether that needs no test, since the residual is a gradient.
+        strong_convexity: A constant `mu > 0` with `∂residual/∂y ⪰ mu I` everywhere, if one is known and the Jacobian is
+            symmetric. It turns error estimates into bounds.
         route: How products with the Jacobian come about: `"retained graph"` or `"finite difference"`.
     """
 
     symmetric: bool = False
     symmetric_by_construction: bool = False
+    strong_convexity: float | None = None
     route: str = "retained graph"
 
     @abstractmethod

@@ -1,5 +1,6 @@
 """Stationary points: the gradient of a loss vanishes."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -21,6 +22,8 @@ class Stationary(OptimalityCondition):
         loss: Function of `(x, y, *data)` that returns a scalar tensor, twice differentiable in `y`.
         route: `"retained graph"` differentiates the gradient twice; `"finite difference"` needs first derivatives
             only, and is taken by itself where code in `loss` has no double backward.
+        strong_convexity: A constant `mu > 0` with `∇²_yy loss ⪰ mu I` everywhere, if you can vouch for one: a penalty
+            `mu/2 ‖y‖²` beside a convex loss. Then errors of solutions and linear systems are bounded, not estimated.
 
     Source: implicit function theorem; Bengio (2000), "Gradient-based optimization of hyperparameters".
 
@@ -33,6 +36,7 @@ class Stationary(OptimalityCondition):
 
     loss: Callable[..., Tensor]
     route: Literal["retained graph", "finite difference"] = "retained graph"
+    strong_convexity: float | None = None
     symmetric = True
     symmetric_by_construction = True
 
@@ -41,6 +45,8 @@ class Stationary(OptimalityCondition):
             raise TypeError(f"Stationary needs a function loss(x, y, *data), got {type(self.loss).__name__}")
         if self.route not in ("retained graph", "finite difference"):
             raise ValueError(f'route must be "retained graph" or "finite difference", got {self.route!r}')
+        if self.strong_convexity is not None and not 0 < self.strong_convexity < math.inf:
+            raise ValueError(f"strong_convexity must be a positive number, got {self.strong_convexity}")
 
     def residual(self, x: Tree, y: Tree, *data: Tree) -> Tree:
         """Gradient of the loss in `y`, a tree like `y`."""

@@ -1,23 +1,29 @@
-"""One evaluation of a residual, and every product with its Jacobian from that one graph."""
+"""One evaluation of a function, and every product with its Jacobian from that one graph."""
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from implicitgrad import closure
-from implicitgrad.linalg import LinearOperator
+from implicitgrad import closure, tree
+from implicitgrad.curvature.point import Point
+from implicitgrad.curvature.pullback import Pullback, retained_operator
+from implicitgrad.linalg import LinearOperator, check_operator
+from implicitgrad.tree import Tree
 
 
 class Linearization:
-    """The residual `r(y, *inputs)` at one point together with its graph.
+    """The values `r(y, *inputs)` of a function at one point together with their graph.
 
     Products with `A = ∂r/∂y` run backward through the retained graph, without evaluating `r` again: `Aᵀu` costs one
-    reverse pass (for a gradient residual: one Hessian-vector product), `A v` of a map that is not symmetric two.
+    reverse pass (for a gradient: one Hessian-vector product), and so does `A v` of a map that is not symmetric, after
+    a first one that costs two and keeps a second graph.
 
     Args:
-        residual: Function of flat `y` `(*batch, n)` and tensors, with values `(*batch, n)`; row `i` of a batch
+        residual: Function of flat `y` `(*batch, n)` and tensors, with values `(*batch, m)`; row `i` of a batch
             depends on row `i` of `y` only.
         y: `(*batch, n)`.
         inputs: What else `r` depends on.
@@ -49,34 +55,56 @@ class Linearization:
             ]
             self.value = residual(self.y, *self.inputs)
             self.inputs.extend(direct)
-        self._batched_rows = noise == 0.0
+        self._backward = Pullback(self.value, self.leaf, batched=noise == 0.0)
         self._noise = noise
         self._symmetric = symmetric
-        self._batch_shape = y.shape[:-1]
 
     @functools.cached_property
     def scan(self) -> closure.GraphScan:
         """What `r` hangs on beyond `y` and the inputs, and what lies on the way."""
         return closure.scan_graph(self.value, self.y, [self.leaf, *self.inputs])
 
-    def operator(self) -> LinearOperator:
-        """`A = ∂r/∂y` as a linear operator; it lives as long as this graph."""
-        size = self.leaf.shape[-1]
-        symmetric = self._symmetric
-        return LinearOperator(
-            self._transposed if symmetric else self._forward,
-            size,
-            rmatvec=self._transposed,
-            matmat=self._transposed_rows if symmetric else None,
-            rmatmat=self._transposed_rows,
-            dense=self.dense,
-            dense_cost=size,
+    def operator(
+        self,
+        context: Callable[[], AbstractContextManager[object]] = nullcontext,
+        eigenvalue_floor: float | None = None,
+    ) -> LinearOperator:
+        """`A = ∂r/∂y` as a linear operator; it lives as long as this graph.
+
+        Args:
+            context: In which products run.
+            eigenvalue_floor: A proven lower bound on the eigenvalues of a symmetric `A`.
+        """
+        backward = self._backward
+        return retained_operator(
+            (lambda: backward) if self._symmetric else (lambda: backward.transpose),
+            backward,
+            context=context,
             noise=self._noise,
-            symmetric=symmetric,
-            dtype=self.leaf.dtype,
-            device=self.leaf.device,
-            batch_shape=tuple(self._batch_shape),
+            symmetric=self._symmetric,
+            eigenvalue_floor=eigenvalue_floor,
         )
+
+    def input_operator(self, wrt: Sequence[Tensor]) -> LinearOperator:
+        """`B = ∂r/∂wrt` for one problem: n rows, a column for every number in the given inputs."""
+        with torch.enable_grad():
+            dual = torch.zeros_like(self.value).requires_grad_()
+            parts: Sequence[Tensor] = [torch.zeros_like(tensor) for tensor in wrt]
+            if self.value.requires_grad:
+                parts = torch.autograd.grad(self.value, wrt, dual, create_graph=True, materialize_grads=True)
+            forward = Pullback(_joined(parts, dual.dtype), dual)
+        return LinearOperator(
+            forward,
+            forward.value.numel(),
+            num_rows=self.leaf.shape[-1],
+            rmatvec=lambda u: _joined(self.pullback(u, wrt), dual.dtype),
+            dtype=dual.dtype,
+            device=dual.device,
+        )
+
+    def dense(self) -> Tensor:
+        """The matrix `A`, `(*batch, m, n)`: all its rows at once from the retained graph."""
+        return self._backward.matrix()
 
     def pullback(self, cotangent: Tensor, wrt: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Reverse product `cotangent · ∂r/∂wrt` through the retained graph; zeros where `r` ignores a tensor."""
@@ -84,37 +112,75 @@ class Linearization:
             return tuple(torch.zeros_like(tensor) for tensor in wrt)
         return torch.autograd.grad(self.value, wrt, cotangent, retain_graph=True, materialize_grads=True)
 
-    def dense(self) -> Tensor:
-        """The matrix `A`, `(*batch, n, n)`: all its rows at once from the retained graph."""
-        size = self.leaf.shape[-1]
-        units = torch.eye(size, dtype=self.leaf.dtype, device=self.leaf.device)
-        units = units.reshape(size, *[1] * len(self._batch_shape), size).expand(size, *self._batch_shape, size)
-        return self._transposed_rows(units).movedim(0, -2)
 
-    def _transposed(self, cotangent: Tensor) -> Tensor:
-        return self.pullback(cotangent, [self.leaf])[0]
+def linearize(
+    point: Point, residual: Callable[[Tensor], Tensor], *, symmetric: bool, noise: float = 0.0
+) -> Linearization:
+    """`residual` at `point` with its graph, evaluated in isolation.
 
-    def _transposed_rows(self, cotangents: Tensor) -> Tensor:
-        if self._batched_rows and self.value.requires_grad:
-            try:
-                # vmap over the pullback: 18 times faster than `is_grads_batched` where the graph multiplies vectors by
-                # a matrix, since it makes one matrix product of them
-                at_once = self._rows_at_once()
-                chunk = None if len(cotangents) <= at_once else at_once
-                return torch.func.vmap(self._transposed, chunk_size=chunk)(cotangents)
-            except RuntimeError:
-                self._batched_rows = False  # an operation in the graph cannot be batched: one row at a time
-        return torch.stack([self._transposed(row) for row in cotangents])
+    Raises:
+        TypeError: values of another dtype or device than y.
+    """
+    with point.evaluation():
+        made = Linearization(residual, point.flat, [], tracked=[], symmetric=symmetric, noise=noise)
+    value = made.value
+    if (value.dtype, value.device) != (point.flat.dtype, point.flat.device):
+        raise TypeError(
+            f"{point.name}: y is {point.flat.dtype} on {point.flat.device}, what is computed from it {value.dtype} on "
+            f"{value.device}; convert data and y to one dtype and device (under autocast: outside of it)"
+        )
+    return made
 
-    def _rows_at_once(self) -> int:
-        """So many cotangents that a block of them holds 2²² numbers: bounded memory at no loss of speed."""
-        return max(1, 2**22 // max(1, self.leaf.numel()))
 
-    def _forward(self, tangent: Tensor) -> Tensor:
-        """`A v` by the transpose of the transpose: the reverse product is linear in its cotangent."""
-        with torch.enable_grad():
-            dual = torch.zeros_like(self.value).requires_grad_()
-            (product,) = torch.autograd.grad(self.value, self.leaf, dual, create_graph=True, materialize_grads=True)
-        if not product.requires_grad:
-            return torch.zeros_like(tangent)
-        return torch.autograd.grad(product, dual, tangent, materialize_grads=True)[0]
+def jacobian(fn: Callable[..., Tree], y: Tree, *data: Any, check: bool = True) -> LinearOperator:
+    """The Jacobian `J = ∂fn/∂y` at y as an operator of m rows and n columns.
+
+    Both products come from one retained graph: `J.T @ u` is a reverse pass, `J @ v` a reverse pass through the graph of
+    that one, which works wherever double backward does. `J.T @ J` is known to be positive semidefinite.
+
+    Args:
+        fn: `fn(y, *data)` returns a tensor, or a tree of tensors, with m numbers; `tree.ravel` gives their order.
+        y: Tree of tensors with n numbers, in the order of `tree.ravel`.
+        data: Passed on, as constants.
+        check: Test the products as `check_operator` does, for three of them.
+
+    Returns:
+        `J`, `(m, n)`. Each product costs 1 to 2.5 gradients; the graph lives as long as the operator, and is twice as
+        large from the first `J @ v` on.
+
+    Raises:
+        TypeError: y or the values are no floating point tensors of one dtype.
+        ValueError: `fn` does not depend on y, or the products contradict each other.
+        FloatingPointError: NaN or infinity in the products.
+
+    Source: the double vector-Jacobian product is from Townsend (2017), "A new trick for calculating Jacobian vector
+    products"; here its first pass is kept.
+
+    Example:
+        >>> J = jacobian(lambda y: torch.stack([y.sum(), (y * y).sum()]), torch.tensor([1.0, 2.0, 3.0]))
+        >>> J @ torch.ones(3), J.T @ torch.tensor([0.0, 1.0])
+        (tensor([ 3., 12.]), tensor([2., 4., 6.]))
+    """
+    return values_and_jacobian(Point("jacobian", y, fn, data), fn, *data, check=check)[1]
+
+
+def values_and_jacobian(point: Point, fn: Callable[..., Tree], *data: Any, check: bool) -> tuple[Tree, LinearOperator]:
+    """What `fn(y, *data)` returns, detached, and its Jacobian."""
+    constants = tree.map(closure.without_derivative, data)
+    values: list[Tree] = []
+
+    def flat_fn(flat: Tensor) -> Tensor:
+        values[:] = [fn(point.unravel(flat), *constants)]
+        return tree.ravel(values[0])[0]
+
+    linearization = linearize(point, flat_fn, symmetric=False)
+    if not linearization.value.requires_grad:
+        raise ValueError(f"{point.name}: the function does not depend on y; check the order of arguments: (y, *data)")
+    operator = linearization.operator(point.isolation)
+    if check:
+        check_operator(operator)
+    return tree.detach(values[0]), operator
+
+
+def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return torch.cat([part.reshape(-1).to(dtype) for part in parts])
