@@ -3,11 +3,12 @@
 Declare what is true at the solution of an inner problem; the solution becomes differentiable.
 """
 
-from implicitgrad import linalg, tree
+from implicitgrad import curvature, linalg, tree
 from implicitgrad.check import HypergradientCheck, check_hypergradient
 from implicitgrad.conditions import FixedPoint, OptimalityCondition, Stationary
 from implicitgrad.hypergradient import Hypergradient, hypergradient
 from implicitgrad.implicit import ImplicitSolver, implicit, implicit_root
+from implicitgrad.influence import Influence
 from implicitgrad.module import FunctionalModule, functional
 from implicitgrad.report import ConvergenceError, ConvergenceWarning, LinearSolve, Log, Report, diagnostics
 
@@ -21,12 +22,14 @@ __all__ = [
     "Hypergradient",
     "HypergradientCheck",
     "ImplicitSolver",
+    "Influence",
     "LinearSolve",
     "Log",
     "OptimalityCondition",
     "Report",
     "Stationary",
     "check_hypergradient",
+    "curvature",
     "diagnostics",
     "functional",
     "hypergradient",

@@ -27,6 +27,7 @@ ROOMS = [
     "implicit",
     "hypergradient",
     "check",
+    "influence",
     "module",
 ]
 FILES = sorted(PACKAGE.rglob("*.py"))
