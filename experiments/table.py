@@ -31,14 +31,15 @@ def _row(runs: list[list[Record]]) -> tuple[str, ...]:
     return (
         best[0].label,
         str(best[0].num_penalties),
-        _cell([record.validation_loss for record in best], 4),
-        _cell([record.test_loss for record in best], 4),
-        _cell([record.test_accuracy for record in best], 4),
+        mean_and_deviation([record.validation_loss for record in best], 4),
+        mean_and_deviation([record.test_loss for record in best], 4),
+        mean_and_deviation([record.test_accuracy for record in best], 4),
         str(len(runs[0])),
-        _cell([sum(record.seconds for record in records) for records in runs], 1),
+        mean_and_deviation([sum(record.seconds for record in records) for records in runs], 1),
     )
 
 
-def _cell(values: list[float], num_digits: int) -> str:
+def mean_and_deviation(values: list[float], num_digits: int) -> str:
+    """`mean ± standard deviation`, or the value if there is only one."""
     mean = f"{statistics.mean(values):.{num_digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{num_digits}f}"
