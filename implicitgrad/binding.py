@@ -72,6 +72,8 @@ class BoundCondition:
         twin = condition.first_order_twin()
         self.system = System(
             _flat_residual(condition, self.y, self.unravel, self._arguments),
+            support=_flat_support(condition, self.y, self.unravel, self._arguments),
+            symmetric_on_support=condition.symmetric_on_support,
             first_order_residual=twin and _flat_residual(twin, self.y, self.unravel, self._arguments),
             symmetric=condition.symmetric,
             eigenvalue_floor=condition.strong_convexity,
@@ -155,6 +157,20 @@ def _flat_residual(
         return result
 
     return residual
+
+
+def _flat_support(
+    condition: OptimalityCondition, y: Tree, unravel: Callable[[Tensor], Tree], arguments: _Arguments
+) -> Callable[..., Tensor | None]:
+    """`(flat y, *inputs) -> flat booleans` of a condition, or None."""
+
+    def support(flat: Tensor, *inputs: Tensor) -> Tensor | None:
+        (x, data), captured = arguments.split(inputs)
+        with closure.Substitution(arguments.captured[: len(captured)], captured):
+            mask = condition.support(x, unravel(flat), *data)
+        return None if mask is None else tree.ravel_like(y, mask)
+
+    return support
 
 
 def check_condition(condition: object) -> None:

@@ -90,6 +90,8 @@ class Report:
         size: Unknowns n in one problem.
         batch: Problems solved side by side (1 without `vmap`).
         route: How products with the Jacobian are made: `"retained graph"` or `"finite difference"`.
+        support: Coordinates to which linear systems were restricted, the largest number over a batch; None for all.
+        notes: What the condition found out about the solution: constraints that are weakly active, and the like.
         inner_residual: `‖residual(x, y)‖` at the returned `y`; the largest over a batch.
         inner_relative: The same divided by `‖∂residual/∂y · y‖`: for a linear condition, the relative error of `y`.
         inner_converged: Whether the relative residual met the tolerance.
@@ -101,6 +103,8 @@ class Report:
     size: int = 0
     batch: int = 1
     route: str = "retained graph"
+    support: int | None = None
+    notes: list[str] = field(default_factory=list)
     inner_residual: float = float("nan")
     inner_relative: float = float("nan")
     inner_converged: bool = True
@@ -151,10 +155,12 @@ class Report:
     def __str__(self) -> str:
         problems = f"{self.batch} x {self.size}" if self.batch > 1 else f"{self.size}"
         mark = "" if self.inner_converged else "  NOT CONVERGED"
+        support = "" if self.support is None else f", restricted to a support of {self.support}"
         lines = [
-            f"{self.condition}, {problems} unknowns, products by {self.route}",
+            f"{self.condition}, {problems} unknowns{support}, products by {self.route}",
             f"  inner    residual {self.inner_residual:.1e}  relative {self.inner_relative:.1e}"
             f"  {1e3 * self.seconds:.1f} ms{mark}",
+            *(f"  note     {note}" for note in self.notes),
         ]
         for solve in self.solves:
             mark = "" if solve.converged else "  NOT CONVERGED"

@@ -13,6 +13,7 @@ from implicitgrad.isolation import Isolation
 from implicitgrad.linalg import AsymmetryError, LinearOperator, LinearSolver, Solution, check_symmetric, irregular
 from implicitgrad.linalg.certificate import check_floor, solution_error
 from implicitgrad.report import ConvergenceError, LinearSolve, Policy, Report
+from implicitgrad.restriction import Restriction
 
 
 class System:
@@ -23,6 +24,8 @@ class System:
 
     Args:
         residual: `(y, *inputs) -> r`, all flat: `y` and `r` of shape `(*batch_shape, n)`.
+        support: `(y, *inputs) -> booleans (*batch_shape, n)`, or None if systems are not to be restricted.
+        symmetric_on_support: Whether the Jacobian is symmetric there.
         first_order_residual: The same from first-order derivatives of user code, tried when double backward is missing.
         symmetric: Whether `A` is declared symmetric.
         eigenvalue_floor: A lower bound on the eigenvalues of a symmetric `A` that the user vouches for.
@@ -39,6 +42,8 @@ class System:
         self,
         residual: Callable[..., Tensor],
         *,
+        support: Callable[..., Tensor | None] = lambda *_: None,
+        symmetric_on_support: bool = False,
         first_order_residual: Callable[..., Tensor] | None,
         symmetric: bool,
         eigenvalue_floor: float | None,
@@ -53,6 +58,8 @@ class System:
         self.residual = residual
         self.record = record
         self.direct: list[Tensor] = []  # closed-over leaves, the last of the inputs: the residual finds them by itself
+        self._support, self._symmetric_on_support = support, symmetric_on_support
+        self._restriction: Restriction | None = None
         self._first_order_residual = first_order_residual
         self._symmetric = symmetric
         self._eigenvalue_floor = eigenvalue_floor
@@ -86,13 +93,13 @@ class System:
 
     def release(self) -> None:
         """Forget the graph and all that hangs on it; factors of the dense matrix stay."""
-        self._linearization = None
+        self._linearization = self._restriction = None
         if self._operator is not None:
             self._operator = self._operator.without_graph()
 
     def restart(self) -> None:
         """Forget everything computed at this solution."""
-        self._linearization = self._operator = None
+        self._linearization = self._operator = self._restriction = None
 
     def judge(self, y: Tensor, inputs: Sequence[Tensor]) -> None:
         """Measure the residual at `y` and report it; take the finite-difference route if double backward is missing.
@@ -251,12 +258,16 @@ class System:
         with self.isolation():
             operator = self.operator(y, inputs) if approximation is None else approximation
             block = b if b.dim() == y.dim() else b.reshape(-1, *y.shape)
-            operator = operator.T if transposed else operator
             other = self._starts.get(not transposed) if self._symmetric else None
             start = _scaled_start(self._starts.get(transposed, other), block)
-            solution = self._solver.solve(operator, block, start)
-            check_floor(operator, solution)
-            bound = solution_error(operator, block, solution, dense=False)
+            restriction = self._restricted(operator, y, inputs)
+            if restriction is not None:
+                solution, bound = restriction.solve(self._solver, block, transposed, start), None
+            else:
+                operator = operator.T if transposed else operator
+                solution = self._solver.solve(operator, block, start)
+                check_floor(operator, solution)
+                bound = solution_error(operator, block, solution, dense=False)
         if solution.converged:  # an unfinished solve must not depend on what was solved before
             self._starts[transposed] = (block, solution.value)
         solve = LinearSolve.of("adjoint" if transposed else "tangent", solution, bound, time.perf_counter() - began)
@@ -264,6 +275,16 @@ class System:
         report.publish(self.record)
         self._policy.judge_solve(solve)
         return solution
+
+    def _restricted(self, operator: LinearOperator, y: Tensor, inputs: Sequence[Tensor]) -> Restriction | None:
+        if self._restriction is None:
+            mask = self._support(y, *inputs)
+            if mask is None or bool(mask.all()):
+                self._support = lambda *_: None
+                return None
+            self._restriction = Restriction(operator, mask, self._symmetric or self._symmetric_on_support)
+            self.record.support = self._restriction.size
+        return self._restriction
 
     def pullback(self, cotangent: Tensor, y: Tensor, inputs: Sequence[Tensor], wanted: Sequence[bool]) -> list:
         """`cotangent · ∂r/∂inputs` for the wanted inputs, None for the rest; differentiable when gradients are on."""
@@ -317,6 +338,8 @@ class System:
         if key not in self._stacks:
             self._stacks[key] = System(
                 torch.func.vmap(self.residual, in_dims=tuple(in_dims), randomness="same"),
+                support=_stacked(self._support, tuple(in_dims), size),
+                symmetric_on_support=self._symmetric_on_support,
                 first_order_residual=None,
                 symmetric=self._symmetric,
                 eigenvalue_floor=self._eigenvalue_floor,
@@ -334,6 +357,24 @@ class System:
     def batch_dim(self) -> int:
         """Where the dimension of the outermost `vmap` stands, counted from the end."""
         return -1 - len(self._batch_shape)
+
+
+def _stacked(support: Callable[..., Tensor | None], in_dims: tuple, size: int) -> Callable[..., Tensor | None]:
+    """The support of every problem in a stack; those without one have all coordinates in it."""
+
+    def of_stack(y: Tensor, *inputs: Tensor) -> Tensor | None:
+        none = False
+
+        def one(*arguments: Tensor) -> Tensor:
+            nonlocal none
+            mask = support(*arguments)
+            none = mask is None
+            return torch.ones_like(arguments[0], dtype=torch.bool) if mask is None else mask
+
+        masks = torch.func.vmap(one, in_dims=in_dims, randomness="same")(y, *inputs)
+        return None if none else masks
+
+    return of_stack
 
 
 def _scaled_start(known: tuple[Tensor, Tensor] | None, b: Tensor) -> Tensor | None:

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "implicitgrad"
 
 # Bottom to top. A room may import rooms above it in this list and its own files; docs/architecture.md draws the same.
 ROOMS = [
+    "optional",
     "internals",
     "tree",
     "surroundings",
@@ -19,12 +20,18 @@ ROOMS = [
     "closure",
     "linalg",
     "curvature",
+    "projections",
+    "prox",
     "conditions",
     "report",
+    "restriction",
     "system",
     "equation",
     "binding",
     "implicit",
+    "solvers",
+    "layers",
+    "convex",
     "hypergradient",
     "check",
     "influence",

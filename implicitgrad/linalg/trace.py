@@ -126,7 +126,7 @@ def diagonal(
         A: square, a stack too; need not be symmetric.
         num_probes: m, at least 2. Not read with `exact`.
         generator: draws the signs; by default a fresh one with a fixed seed.
-        exact: the diagonal itself from n products with unit vectors; none if A remembers its matrix.
+        exact: the diagonal itself from n products with unit vectors; none if A has its matrix.
 
     Returns:
         The diagonal ``(*batch_shape, n)`` and its standard error; float32 or better.
@@ -186,7 +186,7 @@ def _mean_of(name: str, samples: Tensor, known: Tensor | float, num_matvec: int)
 
 def _exact_diagonal(A: LinearOperator, product: Products) -> Tensor:
     dtype = factor_dtype(A.dtype)
-    if A.without_graph() is not None:  # the matrix is remembered
+    if A.dense_cost == 0:  # the matrix is at hand
         return A.to_dense().detach().diagonal(dim1=-2, dim2=-1).to(dtype)
     parts = []
     for positions in torch.arange(A.size, device=A.device).split(rows_at_once(A)):
