@@ -267,7 +267,8 @@ class System:
                 operator = operator.T if transposed else operator
                 solution = self._solver.solve(operator, block, start)
                 check_floor(operator, solution)
-                bound = solution_error(operator, block, solution, dense=False)
+                exact = approximation is None
+                bound = solution_error(operator, block, solution, dense=False) if exact else None
         if solution.converged:  # an unfinished solve must not depend on what was solved before
             self._starts[transposed] = (block, solution.value)
         solve = LinearSolve.of("adjoint" if transposed else "tangent", solution, bound, time.perf_counter() - began)

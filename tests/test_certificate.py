@@ -124,12 +124,53 @@ def test_dual_weights_correct_the_product_and_bound_what_is_left():
     assert torch.tensor(tightness).median() <= 3
 
 
+def test_dual_weighted_bounds_hold_down_to_rounding():
+    """Condition 1e3 and an adjoint to 1e-3: the bound is of the size of rounding, and still one."""
+    q = torch.linalg.qr(draw(30, 30, seed=0))[0]
+    matrix = (q * torch.logspace(0, 3, 30, dtype=torch.float64)) @ q.mT
+    matrix = (matrix + matrix.mT) / 2
+    for seed in range(20):
+        columns, c, x = draw(30, 3, seed=seed + 1), draw(30, seed=seed + 100), draw(3, seed=seed + 200)
+        condition = ig.Stationary(
+            lambda x, y, m=matrix, B=columns: 0.5 * y @ m @ y - y @ (B @ x), strong_convexity=0.99
+        )
+        y = torch.linalg.solve(matrix, columns @ x)
+        h = ig.hypergradient(lambda x, y, c=c: c @ y, condition, x, y, solver=CG(rtol=1e-3), dual_weighted=True)
+        error = torch.linalg.vector_norm(h.value - columns.mT @ torch.linalg.solve(matrix, c)).item()
+        assert h.certificate.adjoint is not None and error <= h.certificate.adjoint.value
+
+
+def test_noisy_products_and_ill_conditioned_matrices_prove_nothing():
+    matrix = torch.diag(torch.linspace(0.01, 1, 6, dtype=torch.float64))
+    noisy = matrix + 1e-3 * draw(6, 6, seed=0)
+    A = LinearOperator(
+        lambda v: v @ noisy.mT, 6, rmatvec=lambda v: v @ noisy, noise=1e-3, dtype=torch.float64, device="cpu"
+    )
+    b = torch.ones(6, dtype=torch.float64)
+    solution = LU(rtol=1e-12).solve(A, b)
+    bound = certificate.solution_error(A, b, solution)
+    assert bound is not None and not bound.rigorous and bound.value > 0.1
+    index = torch.arange(8.0)
+    hilbert = 1 / (index.unsqueeze(-1) + index + 1)
+    norm = certificate.inverse_norm(LinearOperator.from_dense(hilbert, symmetric=True), None)
+    exact = torch.linalg.matrix_norm(torch.linalg.inv(hilbert.double()), 2).item()
+    assert norm is not None and norm.value >= 0.999 * exact
+
+
 def test_a_floor_that_is_too_high_is_found_out():
     matrix = semidefinite(0) + 0.1 * torch.eye(N, dtype=torch.float64)
     A, b = by_products(matrix, floor=0.2), draw(N, seed=1)
     with pytest.raises(ValueError, match=r"declared to be at least 2.000e-01.* is 1\.\d+e-01"):
         certificate.check_floor(A, CG().solve(A, b))
     certificate.check_floor(by_products(matrix, floor=0.1), CG().solve(by_products(matrix, floor=0.1), b))
+    for floor, solver in ((0.2, Cholesky()), (0.1, Cholesky())):
+        A = by_products(matrix, floor=floor)
+        solution = solver.solve(A, b)
+        if floor == 0.2:
+            with pytest.raises(ValueError, match="declared to be at least 2.000e-01"):
+                certificate.check_floor(A, solution)
+        else:
+            certificate.check_floor(A, solution)
 
 
 # --- the certificate of a hypergradient -------------------------------------------------------------------------------
@@ -189,8 +230,9 @@ def test_a_false_constant_is_refused_on_every_road():
     y, x = RIDGE.exact(RIDGE.x, *RIDGE.data), RIDGE.x.clone().requires_grad_()
     with pytest.raises(ValueError, match="strong_convexity"):
         ig.hypergradient(upper, condition, x, y, *RIDGE.data, solver=CG())
-    with pytest.raises(ValueError, match="strong_convexity"):
-        ig.implicit_root(condition, x, y, *RIDGE.data, solver=CG()).sum().backward()
+    for solver in (CG(), None):
+        with pytest.raises(ValueError, match="strong_convexity"):
+            ig.implicit_root(condition, x, y, *RIDGE.data, solver=solver).sum().backward()
 
 
 def test_every_backward_reports_a_bound_where_one_is_free():
@@ -201,6 +243,14 @@ def test_every_backward_reports_a_bound_where_one_is_free():
             ig.implicit_root(condition, x, y, *RIDGE.data, solver=CG()).sum().backward()
         bound = log[-1].last.error_bound
         assert bound is not None and bound.rigorous == rigorous and str(bound) in str(log)
+
+
+def test_a_corrected_hypergradient_has_no_certificate_of_another_one():
+    y = RIDGE.exact(RIDGE.x, *RIDGE.data)
+    h = ig.hypergradient(upper, RIDGE.condition, RIDGE.x, y, *RIDGE.data, correct=True)
+    assert h.certificate.adjoint is None and "correct=False" in str(h.certificate)
+    with pytest.raises(ValueError, match="choose one"):
+        ig.hypergradient(upper, RIDGE.condition, RIDGE.x, y, *RIDGE.data, correct=True, dual_weighted=True)
 
 
 def test_dual_weights_are_for_few_upper_variables():
@@ -223,10 +273,13 @@ def test_another_curvature_takes_the_place_of_the_hessian_and_its_error_is_seen(
 
     run = lambda factor: ig.hypergradient(upper, RIDGE.condition, RIDGE.x, y, *RIDGE.data, curvature=curvature(factor))
     assert torch.allclose(run(1.0).value, exact_hypergradient(), rtol=1e-12)
-    rough = run(1.1)
-    error = torch.linalg.vector_norm(rough.value - exact_hypergradient()).item()
-    assert error > 1e-3 and 0.8 < rough.error_estimate / error < 1.2
-    assert rough.certificate.adjoint is None or rough.certificate.adjoint.value >= error
+    for factor in (1.1, 0.6, 100.0):  # a far one too: corrections with it are a slow geometric series
+        rough = run(factor)
+        error = torch.linalg.vector_norm(rough.value - exact_hypergradient()).item()
+        assert error > 1e-3 and 0.8 < rough.error_estimate / error < 1.2
+        assert rough.certificate.adjoint is None or rough.certificate.adjoint.value >= error
+        assert "true adjoint residual" in str(rough.report)
+    assert run(0.4).error_estimate == float("inf")  # corrections diverge
     arguments = (upper, RIDGE.condition, RIDGE.x, y, *RIDGE.data)
     with pytest.raises(TypeError, match="must return a LinearOperator"):
         ig.hypergradient(*arguments, curvature=lambda *a: hessian)

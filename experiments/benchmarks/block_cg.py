@@ -22,19 +22,18 @@ def with_eigenvalues(eigenvalues: Tensor) -> LinearOperator:
     generator = torch.Generator().manual_seed(0)
     size = len(eigenvalues)
     basis, _ = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
-    matrix = basis @ torch.diag(eigenvalues) @ basis.T
+    matrix = basis @ torch.diag(eigenvalues.double()) @ basis.T
     return LinearOperator.from_dense((matrix + matrix.T) / 2, symmetric=True)
 
 
 def problems() -> dict[str, tuple[LinearOperator, float]]:
     """Operators and tolerances by name."""
-    wide = {"dtype": torch.float64}
     return {
-        "evenly spaced logarithms, n = 300": (with_eigenvalues(torch.logspace(-3, 0, 300, **wide)), 1e-8),
-        "evenly spaced logarithms, n = 1000": (with_eigenvalues(torch.logspace(-3, 0, 1000, **wide)), 1e-8),
-        "evenly spaced, n = 300": (with_eigenvalues(torch.linspace(1e-3, 1, 300, **wide)), 1e-8),
-        "evenly spaced, n = 1000": (with_eigenvalues(torch.linspace(1e-3, 1, 1000, **wide)), 1e-8),
-        "1/i + 1e-3, n = 1000": (with_eigenvalues(1 / torch.arange(1, 1001, **wide) + 1e-3), 1e-8),
+        "evenly spaced logarithms, n = 300": (with_eigenvalues(torch.logspace(-3, 0, 300)), 1e-8),
+        "evenly spaced logarithms, n = 1000": (with_eigenvalues(torch.logspace(-3, 0, 1000)), 1e-8),
+        "evenly spaced, n = 300": (with_eigenvalues(torch.linspace(1e-3, 1, 300)), 1e-8),
+        "evenly spaced, n = 1000": (with_eigenvalues(torch.linspace(1e-3, 1, 1000)), 1e-8),
+        "1/i + 1e-3, n = 1000": (with_eigenvalues(1 / torch.arange(1, 1001) + 1e-3), 1e-8),
         "logistic regression, float64": (logistic_hessian(torch.float64), 1e-8),
         "logistic regression, float32": (logistic_hessian(torch.float32), 1e-5),
     }

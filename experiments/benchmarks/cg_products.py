@@ -2,7 +2,7 @@
 
 The system is the Hessian of a logistic regression, 10 000 examples with 1000 features whose scales fall from 1 to 0.1,
 damped by 1e-4; right-hand sides are random. "first" are the products until the residual of the recurrence meets the
-tolerance, which is where SciPy stops; the rest are true residuals and refinement. Residuals are ``|b - A x| / |b|`` with
+tolerance, which is where SciPy stops; the rest are true residuals and refinement. Residuals are `|b - A x| / |b|` with
 products in float64. The second table scales a system of condition number 100 and its right-hand side.
 
 Run: python -m experiments.benchmarks.cg_products

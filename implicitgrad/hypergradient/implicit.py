@@ -80,10 +80,11 @@ def hypergradient(
         solver: For the linear systems; `Auto()` if None.
         curvature: Called as `curvature(x, y, *data)`, gives an operator on the flat `y` that takes the place of
             `∂r/∂y` in linear systems: Gauss-Newton, Fisher, K-FAC. The hypergradient is then an approximation, and
-            `error_estimate` shows how good; the certificate's residual is that of the true `∂r/∂y`.
-        correct: Return `h⁺` in place of `h`.
-        dual_weighted: Solve one more system, loosely, for each of at most 8 numbers in `x`; it corrects `h` for the
-            residual of the adjoint and sharpens the certificate about tenfold.
+            `error_estimate` shows how good, infinite if corrections with it diverge; the certificate's residual is that
+            of the true `∂r/∂y`.
+        correct: Return `h⁺` in place of `h`; there is no certificate for it.
+        dual_weighted: Solve one more system, loosely, for each of at most 8 numbers in `x`; not with `correct`. It
+            corrects `h` for the residual of the adjoint and sharpens the certificate about tenfold.
         lipschitz: Lipschitz constant of the hypergradient as a function of `y`, if you know one; together with
             `strong_convexity` it certifies the error of `y`.
         on_unconverged: As in `implicit`.
@@ -110,9 +111,10 @@ def hypergradient(
     """
     if lipschitz is not None and not 0 < lipschitz < math.inf:
         raise ValueError(f"lipschitz must be a positive number, got {lipschitz}")
+    if correct and dual_weighted:
+        raise ValueError("correct and dual_weighted improve the hypergradient in two ways; choose one")
     options = Options(solver, on_unconverged, inner_tolerance)
     first = _Point(upper, condition, x, y, data, upper_data, options, curvature, dual_weighted=dual_weighted)
-    certificate = _certificate(first, condition.strong_convexity, lipschitz)
     step = first.solve(first.residual, transposed=False).value
     y_corrected = first.bound.unravel(first.bound.flat - step)
     second = _Point(upper, condition, x, y_corrected, data, upper_data, options, curvature, start=first)
@@ -121,10 +123,11 @@ def hypergradient(
     record.solves += second.bound.system.record.solves
     solved = all(solve.converged for solve in record.solves)
     strong_convexity = condition.strong_convexity
+    error = torch.linalg.vector_norm(difference).item() * second.amplification
     return Hypergradient(
         value=first.rebuild(second.value if correct else first.value),
-        error_estimate=torch.linalg.vector_norm(difference).item() if solved else math.inf,
-        certificate=certificate,
+        error_estimate=error if solved else math.inf,
+        certificate=_certificate(first, strong_convexity, lipschitz, correct),
         inner_error_bound=None if strong_convexity is None else record.inner_residual / strong_convexity,
         upper_value=first.upper_value,
         y=first.bound.y,
@@ -133,7 +136,11 @@ def hypergradient(
     )
 
 
-def _certificate(point: "_Point", strong_convexity: float | None, lipschitz: float | None) -> Certificate:
+def _certificate(
+    point: "_Point", strong_convexity: float | None, lipschitz: float | None, correct: bool
+) -> Certificate:
+    if correct:
+        return Certificate(None, None, ("a corrected hypergradient (bounds are for correct=False)",))
     inner, missing = None, list(point.missing)
     if strong_convexity is not None and lipschitz is not None:
         distance = point.bound.system.record.inner_residual / strong_convexity
@@ -150,6 +157,7 @@ class _Point:
         value: Leaf by leaf; corrected for the residual of the adjoint if `dual_weighted`.
         adjoint_bound: On the error that the inexact adjoint makes; for a first point only.
         missing: Why there is no such bound.
+        amplification: By how much the error of an approximate curvature exceeds what one correction removes.
     """
 
     def __init__(
@@ -186,6 +194,7 @@ class _Point:
             self.adjoint = self._adjoint(slope, start)
             products: Sequence[Tensor] = system.pullback(-self.adjoint, flat, inputs, wanted)
         self.value = [a + b for a, b in zip(direct, products[: len(own)], strict=True)]
+        self.amplification = self._measure_curvature(slope, start)
         self.adjoint_bound: ErrorBound | None = None
         self.missing: list[str] = []
         if start is None:
@@ -204,6 +213,28 @@ class _Point:
         if torch.linalg.vector_norm(left) <= rounding:
             return start.adjoint
         return start.adjoint + self.solve(left, transposed=True).value
+
+    def _measure_curvature(self, slope: Tensor, start: "_Point | None") -> float:
+        """Note how well the adjoint of an approximate curvature fits the true one; `1 / (1 - ρ)` for a second point.
+
+        Corrections `C⁻ᵀ(slope - Aᵀu)` form a geometric series with the signed ratio `ρ` of two residuals.
+        """
+        if self._approximation is None:
+            return 1.0
+        system, flat, inputs = self.bound.system, self.bound.flat, self.bound.inputs
+        size = torch.linalg.vector_norm
+        left = lambda u: slope - system.product(flat, inputs, u, transposed=True)
+        if start is None:
+            relative = (size(left(self.adjoint)) / size(slope).clamp(min=torch.finfo(slope.dtype).tiny)).item()
+            system.record.notes.append(
+                f"systems are solved with another curvature; true adjoint residual {relative:.1e}"
+            )
+            return 1.0
+        before, after = left(start.adjoint), left(self.adjoint)
+        if not before.any():
+            return 1.0
+        ratio = (torch.dot(before, after) / torch.dot(before, before)).item()
+        return 1 / (1 - ratio) if size(after) < size(before) else math.inf
 
     def solve(self, b: Tensor, transposed: bool) -> Solution:
         """`A⁻¹b` or `A⁻ᵀb`, with the approximate `A` if there is one."""
@@ -233,12 +264,12 @@ class _Point:
             graph = system.linearize(flat, inputs)
             B = graph.input_operator(graph.inputs[:num_leaves])
             residual = slope - (A.T @ self.adjoint).detach()
-            size = torch.linalg.vector_norm(residual) + rounding(A, slope, self._solution)
-            error = ErrorBound(norm.value * size.item(), norm.rigorous, norm.source)
+            unseen = rounding(A, slope, self._solution).item()
+            size = torch.linalg.vector_norm(residual).item() + unseen
             if not dual_weighted:
-                self.adjoint_bound = product_error(B, error)
+                self.adjoint_bound = product_error(B, ErrorBound(norm.value * size, norm.rigorous, norm.source))
                 return
-            weighted = certificate.dual_weighted(A, B, residual, norm, Auto(rtol=0.1))
+            weighted = certificate.dual_weighted(A, B, residual, norm, Auto(rtol=0.1), unseen)
         self.adjoint_bound = weighted.bound
         sizes = [value.numel() for value in self.value]
         corrections = weighted.correction.split(sizes)

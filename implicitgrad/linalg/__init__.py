@@ -23,6 +23,7 @@ from implicitgrad.linalg.lowrank import LowRankInverse
 from implicitgrad.linalg.lsmr import LSMR
 from implicitgrad.linalg.lu import LU
 from implicitgrad.linalg.minres import MINRES
+from implicitgrad.linalg.multishift import MultiShiftCG
 from implicitgrad.linalg.neumann import Neumann
 from implicitgrad.linalg.nystrom import Nystrom
 from implicitgrad.linalg.operator import LinearOperator
@@ -72,6 +73,7 @@ __all__ = [
     "LinearOperator",
     "LinearSolver",
     "LowRankInverse",
+    "MultiShiftCG",
     "Neumann",
     "Nystrom",
     "Preconditioner",

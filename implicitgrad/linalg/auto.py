@@ -42,7 +42,7 @@ class Auto(LinearSolver):
 
     In this order:
 
-    1. A definite operator that knows its inverse uses it, if the residual agrees.
+    1. An operator that knows its inverse uses it, if the residual agrees.
     2. Up to `dense_size` unknowns: Cholesky; LU if the matrix is not symmetric or not positive definite.
     3. Symmetric: CG, or block CG from 4 right-hand sides on; MINRES if it meets negative curvature. After 200
        iterations without an end: the dense matrix, if n is at most four times `dense_size` and going on would take more
@@ -86,12 +86,13 @@ class Auto(LinearSolver):
 
     def solve(self, A: LinearOperator, b: Tensor, x0: Tensor | None = None) -> Solution:
         trail = _Trail()
-        if A.definite and A.known_inverse is not None:
+        if A.known_inverse is not None:
             attempt = trail.add(KnownInverse(self.rtol).solve(A, b, x0))
             if attempt.converged:
                 return trail.end("the operator knows its inverse")
             trail.note("the inverse that the operator knows left a residual")
-            x0 = attempt.value
+            if x0 is None and bool((attempt.relative_residual < 1).all()):
+                x0 = attempt.value
         findings = A.remember(Auto, _Findings)
         if A.size <= self.dense_size:
             return self._solve_directly(A, b, x0, trail.note(f"n = {A.size} <= dense_size = {self.dense_size}"))
@@ -137,13 +138,13 @@ class Auto(LinearSolver):
         if A.size <= RELUCTANT_FACTOR * self.dense_size and _products_left(attempt, rtol) > A.size / 3:
             findings.dense = True
             return self._solve_directly(A, b, None, trail)
-        rest = budget - attempt.num_iter
-        gain = _gain(A, b)
-        if gain > PROBE_GAIN:
-            findings.preconditioner = PROBE
-        trail.note(f"a diagonal preconditioner divides the condition number by {gain:.2g}")
-        solution = self._cg(A, b, rest, findings.preconditioner).solve(A, b, attempt.value)
-        trail.add(replace(solution, num_matvec=solution.num_matvec + PROBE.cost(A) + 2 * (PROBE_ITERATIONS + 1)))
+        cost = 0
+        if findings.gain is None:
+            findings.gain, cost = _gain(A, b), PROBE.cost(A) + 2 * (PROBE_ITERATIONS + 1)
+            findings.preconditioner = PROBE if findings.gain > PROBE_GAIN else None
+        trail.note(f"a diagonal preconditioner divides the condition number by {findings.gain:.2g}")
+        rest = self._cg(A, b, budget - attempt.num_iter, findings.preconditioner).solve(A, b, attempt.value)
+        trail.add(replace(rest, num_matvec=rest.num_matvec + cost))
         return trail.end("kept" if findings.preconditioner else "dropped", separator=": ")
 
     def _cg(
@@ -175,6 +176,7 @@ class _Findings:
     """What earlier solves found out about an operator."""
 
     dense: bool = False
+    gain: float | None = None  # of the diagonal preconditioner, once that was tried
     preconditioner: Preconditioner | None = None
 
 

@@ -16,11 +16,13 @@ from implicitgrad.linalg.preconditioner import Preconditioner
 from implicitgrad.linalg.rows import any_row, check_every, row_dot
 from implicitgrad.linalg.solver import LinearSolver, Products, Solution, check_finite
 
-# A row whose part orthogonal to the rows before it is smaller than this many units in the last place counts as their
-# combination: what is left of it in the subtraction has less than three digits.
-DEPENDENT = 1e3
-# The inner products in float64 know that part to √(s √n eps) of the row; it has to be ten times larger.
-MARGIN = 10.0
+# Rows, and what is left of them orthogonal to the rows before, come from subtractions of rows of length one. Below this
+# many units in the last place they are rounding, ...
+ROUNDING = 100.0
+# ... and inner products in float64 show them down to √(s √n eps) of a row; it has to be a little more.
+MARGIN = 3.0
+# Where such a part is shorter than this, the rows are made orthonormal a second time.
+SHORT = 0.1
 # Numbers that are converted to float64 at a time: half a megabyte stays in the cache of a CPU, which is faster than all
 # at once; elsewhere it is memory that is saved.
 PART, PART_ELSEWHERE = 2**16, 2**24
@@ -106,11 +108,11 @@ def block_conjugate_gradients(
     Blocks are ``(*batch, rows, n)`` here, as `torch.linalg` wants them. The residuals are ``C Q`` with the rows of Q
     orthonormal and C small; the directions D are conjugate to all before them.
     """
-    every, limit = check_every(residual), target**2
+    every, limit, rounding = check_every(residual), target**2, _rounding(residual.dtype)
     coefficients = Coefficients()
     R = _block(residual)
     x = torch.zeros_like(R)
-    basis = _orthonormal(R, precondition, torch.ones_like(R[..., 0], dtype=torch.bool))
+    basis = _orthonormal(R, precondition, torch.ones_like(R[..., 0], dtype=torch.bool), least=0.0)
     C, D, misled = basis.factor, basis.preconditioned.clone(), basis.misled
     square = _block(row_dot(residual, residual)).squeeze(-1).to(C.dtype)
     energy = C.square().sum(-1)  # <r, P r>
@@ -132,7 +134,7 @@ def block_conjugate_gradients(
         coefficients.append((steps * C).sum(-1) / torch.where(active, energy, 1), energy)
         _add_product(x, steps, D)
         _add_product(basis.rows, -inverse, Z)
-        basis = _orthonormal(basis.rows, precondition, basis.alive & active.any(-1, keepdim=True))
+        basis = _orthonormal(basis.rows, precondition, basis.alive & active.any(-1, keepdim=True), rounding)
         D = (basis.factor.mT.to(D.dtype) @ D).add_(basis.preconditioned)
         C, misled = C @ basis.factor, misled | basis.misled
         active = active & ~misled
@@ -160,46 +162,56 @@ class _Basis(NamedTuple):
     misled: Tensor  # (*batch, 1): P is not positive definite
 
 
-def _orthonormal(R: Tensor, precondition: Callable[[Tensor], Tensor] | None, allowed: Tensor) -> _Basis:
-    """A basis of the rows of R; rows that are not allowed, or combinations of those before them, come out dead."""
+def _orthonormal(R: Tensor, precondition: Callable[[Tensor], Tensor] | None, allowed: Tensor, least: float) -> _Basis:
+    """A basis of the rows of R, by Cholesky factors of their inner products; once more where the first is inaccurate.
+
+    Rows that are not allowed, shorter than `least`, or combinations of those before them come out dead.
+
+    Source: Yamamoto, Nakatsukasa, Yanagisawa and Fukaya (2015), "Roundoff error analysis of the CholeskyQR2 algorithm".
+    """
     Z = R if precondition is None else _block(precondition(_rows(R)).detach())
     gram = _gram(R, Z)
     square = gram.diagonal(dim1=-2, dim2=-1)
-    allowed = allowed & (square > 0)
-    scale = torch.where(allowed, square.rsqrt(), 0)
-    rounding = R.shape[-2] * R.shape[-1] ** 0.5 * torch.finfo(gram.dtype).eps
-    smallest = min(max(MARGIN**2 * rounding, (DEPENDENT * torch.finfo(R.dtype).eps) ** 2), 0.01)
-    factor, inverse, alive, definite = _factorised(_scaled(gram, scale), allowed, rounding, smallest)
-    inverse = (inverse * scale.unsqueeze(-2)).to(R.dtype)
-    rows = inverse @ R
+    factor, inverse, alive, pivot = _factorised(gram, allowed & (square > least**2), R)
     # a row that is not zero has <r, P r> > 0, and a Gram matrix has a Cholesky factor
-    misled = ((square <= 0) & R.any(-1)).any(-1, keepdim=True) | ~definite
-    return _Basis(
-        rows=rows,
-        preconditioned=rows if precondition is None else inverse @ Z,
-        factor=factor * square.clamp(min=0).sqrt().unsqueeze(-1),
-        alive=alive,
-        misled=misled & (precondition is not None),
-    )
+    misled = ((square <= 0) & R.any(-1) | pivot.isnan()).any(-1, keepdim=True) & (precondition is not None)
+    rows = inverse @ R
+    Z = rows if precondition is None else inverse @ Z
+    if check_every(R) > 1 or any_row(alive & (pivot < SHORT**2)):  # where a look would wait for the device, always
+        again, inverse, alive, _ = _factorised(_gram(rows, Z), alive, R)
+        factor, rows = factor @ again, inverse @ rows
+        Z = rows if precondition is None else inverse @ Z
+    return _Basis(rows, Z, factor, alive, misled)
 
 
-def _factorised(unit: Tensor, allowed: Tensor, shift: float, smallest: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A factor S with ``S Sᵀ = unit``, its inverse on the alive rows, which rows these are, and whether it went well.
+def _factorised(gram: Tensor, allowed: Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A factor of the inner products, its inverse in the dtype of the rows, which are alive, and their squared parts.
 
-    It begins with a Cholesky factor L of unit + shift I, since a singular matrix has none in rounding. Rows with
-    pivots below `smallest` are dead: their columns of L are rounding. On the others, ``L⁻¹ unit L⁻ᵀ`` is
-    ``I - shift L⁻¹L⁻ᵀ``, whose Cholesky factor takes the shift out again.
+    With rows of length one it begins with the Cholesky factor L of ``gram + shift I``, since a singular matrix has none
+    in rounding. On its diagonal are the parts of the rows orthogonal to those before. Rows without one are dead:
+    their columns of L are rounding. On the others ``L⁻¹ gram L⁻ᵀ`` is ``I - shift L⁻¹L⁻ᵀ``, whose Cholesky factor takes
+    the shift out again; without that, block CG takes 5 to 10 % more iterations.
     """
-    lower, info = torch.linalg.cholesky_ex(unit + torch.where(allowed, shift, 1).to(unit.dtype).diag_embed())
-    alive = allowed & (lower.diagonal(dim1=-2, dim2=-1).square() > smallest)
-    within = (alive.unsqueeze(-1) & alive.unsqueeze(-2)).to(unit.dtype)
-    identity = torch.ones_like(alive, dtype=unit.dtype).diag_embed()
-    inverse = within * torch.linalg.solve_triangular(torch.where(within > 0, lower, identity), identity, upper=False)
+    square = gram.diagonal(dim1=-2, dim2=-1)
+    scale = torch.where(allowed, square.rsqrt(), 0)
+    shift = like.shape[-2] * like.shape[-1] ** 0.5 * torch.finfo(gram.dtype).eps
+    lower, info = torch.linalg.cholesky_ex(_scaled(gram, scale) + torch.where(allowed, shift, 1).diag_embed())
+    pivot = torch.where(info.unsqueeze(-1) == 0, lower.diagonal(dim1=-2, dim2=-1).square(), torch.nan)
+    alive = allowed & (pivot > max(MARGIN**2 * shift, _rounding(like.dtype) ** 2))
+    within = alive.unsqueeze(-1) & alive.unsqueeze(-2)
+    identity = torch.ones_like(scale).diag_embed()
+    inverse = torch.linalg.solve_triangular(torch.where(within, lower, identity), identity, upper=False)
+    inverse = torch.where(within, inverse, 0)
     correction, failed = torch.linalg.cholesky_ex(identity - shift * inverse @ inverse.mT)
     correction = torch.where(failed.view(*failed.shape, 1, 1) == 0, correction, identity)
+    inverse = torch.linalg.solve_triangular(correction, inverse * scale.unsqueeze(-2), upper=False)
     factor = torch.where(alive.unsqueeze(-2), lower, 0) @ correction
-    inverse = torch.linalg.solve_triangular(correction, inverse, upper=False)
-    return factor, inverse, alive, info.unsqueeze(-1) == 0
+    return factor * square.clamp(min=0).sqrt().unsqueeze(-1), inverse.to(like.dtype), alive, pivot
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """Length below which what is left of a row of length one is rounding."""
+    return min(ROUNDING * torch.finfo(dtype).eps, SHORT)
 
 
 def _without_dead(basis: _Basis, C: Tensor, D: Tensor, alive: list[bool]) -> tuple[_Basis, Tensor, Tensor]:

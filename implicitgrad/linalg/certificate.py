@@ -64,18 +64,23 @@ def inverse_norm(A: LinearOperator, ritz_min: float | None, *, dense: bool = Tru
     if A.eigenvalue_floor is not None and A.eigenvalue_floor > 0:
         return NormBound(1 / A.eigenvalue_floor, A.noise == 0, "eigenvalue floor")
     if dense and A.dense_cost == 0:
-        return NormBound(A.remember("inverse norm", lambda: _dense_inverse_norm(A.to_dense())), True, "dense inverse")
+        value, proven = A.remember("inverse norm", lambda: _dense_inverse_norm(A.to_dense()))
+        return NormBound(value, proven and A.noise == 0, "dense inverse")
     if ritz_min is not None and ritz_min > 0:
         return NormBound(ESTIMATE_MARGIN / ritz_min, False, "Ritz values")
     return None
 
 
-def _dense_inverse_norm(matrix: Tensor) -> float:
-    """A bound on |M⁻¹| for the worst of ``(*batch, n, n)``; infinite for a singular one."""
-    inverse, info = torch.linalg.inv_ex(matrix.detach().to(factor_dtype(matrix.dtype)))
+def _dense_inverse_norm(matrix: Tensor) -> tuple[float, bool]:
+    """A bound on |M⁻¹| for the worst of ``(*batch, n, n)``, infinite for a singular one; whether rounding spares it."""
+    matrix = matrix.detach().double()
+    inverse, info = torch.linalg.inv_ex(matrix)
     size = inverse.abs()
     norms = torch.minimum(torch.linalg.matrix_norm(inverse), (size.sum(-1).amax(-1) * size.sum(-2).amax(-1)).sqrt())
-    return torch.where((info == 0) & norms.isfinite(), norms, torch.inf).max().item()
+    norms = torch.where((info == 0) & norms.isfinite(), norms, torch.inf)
+    condition = norms * torch.linalg.matrix_norm(matrix)
+    # rounding changes the inverse by about eps n cond
+    return norms.max().item(), bool((torch.finfo(torch.float64).eps * len(matrix.mT) * condition < 0.1).all())
 
 
 def solution_error(A: LinearOperator, b: Tensor, solution: Solution, *, dense: bool = True) -> ErrorBound | None:
@@ -102,27 +107,52 @@ def solution_error(A: LinearOperator, b: Tensor, solution: Solution, *, dense: b
 
 
 def rounding(A: LinearOperator, b: Tensor, solution: Solution) -> Tensor:
-    """By how much the computed residual may differ from the true one, per right-hand side: eps √n (|A| |x| + |b|)."""
+    """By how much the computed residual may differ from the true one, per right-hand side.
+
+    ``(eps √n + noise) (|A| |x| + |b|)``, with what is known of |A|: from the matrix, or the largest Ritz value.
+    """
     vector_norm = torch.linalg.vector_norm
     size = solution.ritz_max or (vector_norm(A.to_dense()).item() if A.dense_cost == 0 else 0.0)
     parts = size * vector_norm(solution.value, dim=-1) + vector_norm(b, dim=-1)
-    return torch.finfo(b.dtype).eps * A.size**0.5 * parts
+    return (torch.finfo(b.dtype).eps * A.size**0.5 + A.noise) * parts
 
 
 def check_floor(A: LinearOperator, solution: Solution) -> None:
-    """Refuse an eigenvalue floor that the solve has proven false: a Ritz value lies below it.
+    """Refuse an eigenvalue floor that the solve has proven false.
+
+    A Ritz value lies below it; or the matrix is at hand, and less the floor it has no Cholesky factor (n³ / 3
+    operations, once).
 
     Raises:
         ValueError: with both numbers.
     """
-    if A.eigenvalue_floor is None or solution.ritz_min is None or solution.ritz_max is None:
+    floor, eps = A.eigenvalue_floor, torch.finfo(A.dtype).eps
+    if floor is None or A.noise > 0:
         return
-    if solution.ritz_min < (1 - 1e-6) * A.eigenvalue_floor - 100 * torch.finfo(A.dtype).eps * solution.ritz_max:
+    curvature = solution.ritz_min
+    if curvature is not None and solution.ritz_max is not None:
+        refuted = curvature < (1 - 1e-6) * floor - 100 * eps * solution.ritz_max
+    elif A.dense_cost == 0:
+        curvature = A.remember("floor refuted", lambda: _eigenvalue_below(A.to_dense().detach(), floor))
+        refuted = curvature is not None
+    else:
+        return
+    if refuted:
         raise ValueError(
-            f"The eigenvalues of A were declared to be at least {A.eigenvalue_floor:.3e} (strong_convexity or"
-            f" eigenvalue_floor), but its curvature in some direction is {solution.ritz_min:.3e}. Correct or drop that"
-            f" constant."
+            f"The eigenvalues of A were declared to be at least {floor:.3e} (strong_convexity or eigenvalue_floor), but"
+            f" its curvature in some direction is {curvature:.3e}. Correct or drop that constant."
         )
+
+
+def _eigenvalue_below(matrix: Tensor, floor: float) -> float | None:
+    """The smallest eigenvalue of ``(*batch, n, n)`` if it lies below the floor by more than rounding, else None."""
+    matrix = matrix.to(factor_dtype(matrix.dtype))
+    slack = 100 * torch.finfo(matrix.dtype).eps * torch.linalg.matrix_norm(matrix) + 1e-6 * abs(floor)
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    shift = (floor - slack).unsqueeze(-1).unsqueeze(-1)
+    if not torch.linalg.cholesky_ex(matrix - shift * identity).info.any():
+        return None
+    return torch.linalg.eigvalsh(matrix).min().item()
 
 
 def norm_bound(B: LinearOperator) -> NormBound:
@@ -160,7 +190,12 @@ def product_error(B: LinearOperator, error: ErrorBound) -> ErrorBound:
 
 
 def dual_weighted(
-    A: LinearOperator, B: LinearOperator, residual: Tensor, norm: NormBound, solver: LinearSolver
+    A: LinearOperator,
+    B: LinearOperator,
+    residual: Tensor,
+    norm: NormBound,
+    solver: LinearSolver,
+    residual_error: float = 0.0,
 ) -> DualWeighted:
     """Correct ``Bᵀu`` for the residual ``r`` of ``Aᵀu = s``, with a bound on the error left.
 
@@ -175,6 +210,7 @@ def dual_weighted(
         residual: ``r = s - Aᵀu``, ``(n,)``.
         norm: a bound on |A⁻¹|.
         solver: solves for Y; a relative residual of 0.1 is enough.
+        residual_error: by how much the residual may be off, see `rounding`.
 
     Raises:
         ValueError: more than 8 columns.
@@ -184,7 +220,9 @@ def dual_weighted(
             f"A dual-weighted bound solves one system per upper variable, for at most {NUM_EXACT_COLUMNS};"
             f" got {B.size}."
         )
-    weights = solver.solve(A, columns(B))
-    left = torch.linalg.vector_norm(weights.residual_norm).item() * norm.value
-    bound = ErrorBound(left * torch.linalg.vector_norm(residual).item(), norm.rigorous, f"{norm.source}, dual weights")
-    return DualWeighted(weights.value @ residual, bound)
+    right = columns(B)
+    weights = solver.solve(A, right)
+    size = torch.linalg.vector_norm
+    left = size(weights.residual_norm + rounding(A, right, weights)).item() * norm.value
+    bound = left * (size(residual).item() + residual_error) + size(weights.value).item() * residual_error
+    return DualWeighted(weights.value @ residual, ErrorBound(bound, norm.rigorous, f"{norm.source}, dual weights"))

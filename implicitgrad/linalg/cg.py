@@ -24,7 +24,7 @@ class CG(LinearSolver):
 
     Each iterate minimises ``½ xᵀAx - bᵀx`` over a Krylov space; the error falls at least like
     $2 ((\sqrt\kappa - 1) / (\sqrt\kappa + 1))^k$ with the condition number $\kappa$. Costs one product and about
-    five passes over a vector per iteration, one product more for the true residual, and seven vectors of memory per
+    five passes over a vector per iteration, one product more for the true residual, and five vectors of memory per
     right-hand side.
 
     Whether A is definite need not be known: a direction p with ``pᵀAp <= 0`` ends that row with the reason
@@ -80,7 +80,7 @@ class CG(LinearSolver):
             rtol=self.rtol,
             max_iter=self.max_iter,
             num_refinements=self.num_refinements,
-            num_vectors=5,
+            num_vectors=4 if self.preconditioner is None else 5,
         )
 
 
@@ -108,7 +108,7 @@ def conjugate_gradients(
     """One run of the recurrence, every row by itself; a `Recurrence` if there is no preconditioner."""
     every, limit = check_every(residual), target**2
     coefficients = Coefficients()
-    d, r = torch.zeros_like(residual), residual.clone()
+    d, r = torch.zeros_like(residual), residual
     z, rho, square = _precondition(precondition, r)
     p = z.clone()
     zero = torch.zeros_like(square)

@@ -17,8 +17,10 @@ from implicitgrad.linalg.operator import LinearOperator
 from implicitgrad.linalg.rows import any_row, safe_row_norm
 from implicitgrad.linalg.solver import Products, Solution, check_finite, unscaled_solution, zero_solution
 
-# A restart aims below the tolerance, so that rounding does not leave it just above once more.
+# A restart aims below the tolerance: rounding is not to leave it just above once more. So does a first cycle in
+# single precision, where the estimate strays by a tenth: 2 % more iterations instead of a restart that takes 7 %.
 REFINEMENT_TARGET = 0.5
+FIRST_TARGET = 0.8
 # A refinement that does not halve the residual has met the precision of the products.
 REFINEMENT_GAIN = 0.5
 # A cycle of a restarted method that gains less than this will not get there.
@@ -36,7 +38,8 @@ class Cycle(NamedTuple):
     hindsight: Hindsight | None = None  # of methods that have one, unless they broke down
 
 
-# (product, residual, target, budget) -> Cycle. Rows with a zero residual are to be left alone, the residual unchanged.
+# (product, residual, target, budget) -> Cycle. Rows with a zero residual are to be left alone. The residual is a copy
+# that the recurrence may write into.
 Recurrence = Callable[[Products, Tensor, float, int], Cycle]
 
 
@@ -77,18 +80,17 @@ def solve_in_cycles(
     rtol = default_rtol(A) if rtol is None else rtol
     budget = min(10 * A.size, 2000) if max_iter is None else max_iter
     product = Products(A)
-    x = torch.zeros_like(b) if system.x0 is None else system.x0
-    r = b if system.x0 is None else b - product(x)
+    x = system.x0  # None for zero: no vector for that while the first cycle runs
+    r = b if x is None else b - product(x)
     relative = safe_row_norm(r)
     check_finite(name, 0, relative)
     unsolved = ~(relative <= rtol)
     broken = floor = stuck = refined = torch.zeros_like(unsolved)
     num_iter, refinement, reason, hindsight = 0, 0, "", None
     while num_iter < budget and refinement <= num_refinements and any_row(unsolved):
-        target = rtol * REFINEMENT_TARGET if refinement else rtol
-        cycle = recurrence(product, torch.where(unsolved, r, 0), target, budget - num_iter)
+        cycle = recurrence(product, torch.where(unsolved, r, 0), rtol * _target(b.dtype, refinement), budget - num_iter)
         first, num_iter = num_iter == 0, num_iter + cycle.num_iter
-        new_x = x + cycle.step
+        new_x = cycle.step if x is None else x + cycle.step
         new_r = b - product(new_x)
         new_relative = safe_row_norm(new_r)
         check_finite(name, num_iter, new_relative)
@@ -107,7 +109,7 @@ def solve_in_cycles(
 
         # the first iterate is kept even where its residual is larger: CG lowers the error, not the residual
         kept = (new_relative < relative) | first
-        x, r = torch.where(kept, new_x, x), torch.where(kept, new_r, r)
+        x, r = new_x if x is None else torch.where(kept, new_x, x), torch.where(kept, new_r, r)
         relative = torch.where(kept, new_relative, relative)
         refinement += any_row(unsolved & cycle.claimed)
     outcomes = {
@@ -120,12 +122,19 @@ def solve_in_cycles(
     return unscaled_solution(
         name,
         system,
-        x,
+        torch.zeros_like(b) if x is None else x,
         relative,
         num_iter=num_iter,
         num_matvec=product.count,
         converged=reason == "converged",
         reason=reason,
-        memory=(num_vectors + 2) * b.nbytes,  # with x and b in scaled form
+        memory=(num_vectors + (1 if system.x0 is None else 3)) * b.nbytes,  # with b scaled; a start and its residual
         hindsight=None if any_row(broken) else hindsight,
     )
+
+
+def _target(dtype: torch.dtype, refinement: int) -> float:
+    """The residual that a cycle aims at, in units of rtol."""
+    if refinement:
+        return REFINEMENT_TARGET
+    return 1.0 if dtype == torch.float64 else FIRST_TARGET

@@ -29,9 +29,9 @@ class MultiShiftCG:
     It starts at zero and takes no preconditioner, as either would turn the residuals in different directions. A shift
     whose true residual misses the tolerance, by rounding in the recurrences, is finished by `CG` on its own.
 
-    Source: Jegerlehner (1996), "Krylov space solvers for shifted linear systems", section 2.3; Frommer and Maass
-    (1999), "Fast CG-based methods for Tikhonov-Phillips regularization". Departure: it carries the ratio of successive
-    $\zeta$, in whose recurrence all terms are positive.
+    Source: Jegerlehner (1996), "Krylov space solvers for shifted linear systems"; Frommer and Maass (1999), "Fast
+    CG-based methods for Tikhonov-Phillips regularization". Departure: it carries the ratio of successive $\zeta$, in
+    whose recurrence all terms are positive.
 
     Args:
         shifts: finite numbers in any order, negative ones too. A + shift I has to be positive definite; if it is not
@@ -69,7 +69,9 @@ class MultiShiftCG:
         Returns:
             A `Solution` with one leading dimension more, for the shifts in the order given: `value` is
             ``(num_shifts, *b.shape)``, the residuals ``(num_shifts, *b.shape[:-1])``. The Ritz values are those of A
-            without shift, `energy_error` is that of the smallest shift. `reason` names the shift of the worst outcome.
+            without shift; `energy_error` takes every shift for the smallest, where a residual means the largest error;
+            both are missing after negative curvature. `reason` is that of the smallest shift that failed, with its
+            value.
 
         Raises:
             ValueError: shape, dtype or device do not fit, or the operator is not declared symmetric (use GMRES).
@@ -179,7 +181,8 @@ def _finish(
         elif sweep.num_iter == budget:
             reasons[i] = "max_iter reached"
         else:
-            rest = CG(rtol, budget - sweep.num_iter).solve(A.damped(shifts[i]), b, x[i])
+            start = torch.where(relative[i] <= 1, x[i], 0)  # zero leaves a residual of 1
+            rest = CG(rtol, budget - sweep.num_iter).solve(A.damped(shifts[i]), b, start)
             x[i], relative[i] = rest.value, rest.relative_residual.view_as(relative[i])
             reasons[i] = "" if rest.converged else rest.reason
             num_iter = max(num_iter, sweep.num_iter + rest.num_iter)

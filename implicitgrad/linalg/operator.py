@@ -25,10 +25,10 @@ Result = TypeVar("Result")
 class LinearOperator:
     """A matrix A of m rows and n columns, given by ``v -> A v``.
 
-    Supports ``A @ v``, ``A @ B``, ``A.T``, ``A + B``, ``scalar * A``, ``-A``. What is known about A is declared, not
-    guessed: `symmetric`, `definite`, `eigenvalue_floor`. `check_symmetric` compares the first with two products.
-    ``J.T @ J`` is known to be symmetric and positive semidefinite. Products may record an autograd graph if the given
-    functions do; the solvers never do.
+    Supports ``A @ v``, ``A @ B``, ``A.T``, ``A + B``, ``A - B``, ``scalar * A``, ``-A``. What is known about A is
+    declared, not guessed: `symmetric`, `definite`, `eigenvalue_floor`. `check_symmetric` compares the first with two
+    products. ``J.T @ J`` is known to be symmetric and positive semidefinite. Products may record an autograd graph if
+    the given functions do; the solvers never do.
 
     Args:
         matvec: ``(*batch_shape, n) -> (*batch_shape, m)``, the product A v. It must leave its argument unchanged.
@@ -170,8 +170,7 @@ class LinearOperator:
     @property
     def known_inverse(self) -> Product | None:
         """``v -> A⁻¹ v`` on ``(..., n)`` for an operator that knows its inverse; None for the rest."""
-        known = self._structure.shifted_inverse
-        return None if known is None else known(0.0)
+        return self._structure.inverse
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -206,6 +205,8 @@ class LinearOperator:
 
     def _product(self, v: Tensor) -> Tensor:
         shape = self.vector_shape
+        if v.dtype != self.dtype:
+            raise ValueError(f"A @ v needs v in {self.dtype} like A; got {v.dtype}.")
         if v.shape == shape:
             out = self._matvec(v)
         elif v.shape[1:] == shape:
@@ -275,8 +276,13 @@ class LinearOperator:
             return NotImplemented
         return _combination([(float(scalar), self)], 0.0)
 
+    __mul__ = __rmul__
+
     def __neg__(self) -> "LinearOperator":
         return -1.0 * self
+
+    def __sub__(self, other: "LinearOperator") -> "LinearOperator":
+        return self + -1.0 * other if isinstance(other, LinearOperator) else NotImplemented
 
     def restricted(self, index: Tensor) -> "LinearOperator":
         """The principal submatrix A[index][:, index], at the cost of a product with A each time.
@@ -425,7 +431,7 @@ def _restriction(A: LinearOperator, index: Tensor) -> LinearOperator:
         product(A),
         product(A.T),
         dense if known else None,
-        A._structure.restricted(),
+        A._structure.without_inverse(),
         len(chosen),
         len(chosen),
         like=A,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from implicitgrad.linalg.matrix import Product
 
@@ -47,13 +47,17 @@ class Structure:
             )
         object.__setattr__(self, "definite", self.definite or self.eigenvalue_floor > 0)
 
-    def restricted(self) -> "Structure":
-        """Of a principal submatrix: its eigenvalues lie between those of A (Cauchy's interlacing theorem)."""
-        return Structure(self.symmetric, self.definite, self.eigenvalue_floor, noise=self.noise)
-
     def without_inverse(self) -> "Structure":
-        """The same without its inverse, which may hold on to an autograd graph."""
-        return Structure(self.symmetric, self.definite, self.eigenvalue_floor, noise=self.noise)
+        """The same without a known inverse; also that of any principal submatrix (Cauchy's interlacing theorem)."""
+        return replace(self, shifted_inverse=None)
+
+    @property
+    def inverse(self) -> Product | None:
+        """The product with A⁻¹, where it is known and A is not known to lack one."""
+        floor = self.eigenvalue_floor
+        if self.shifted_inverse is None or (floor is not None and floor <= 0 and not self.definite):
+            return None
+        return self.shifted_inverse(0.0)
 
 
 def combined(scales: Sequence[float], terms: Sequence[Structure], shift: float) -> Structure:

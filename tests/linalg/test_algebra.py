@@ -128,6 +128,23 @@ def test_inexact_inverse_is_refined_and_a_wrong_one_is_reported():
         torch.testing.assert_close(solution.residual_norm, (b - matrix @ solution.value).norm(), rtol=1e-6, atol=1e-15)
 
 
+def test_a_known_inverse_ends_where_the_matrix_is_not_definite():
+    matrix = symmetric(5, 0.2)
+    shifted = lambda lam: lambda v: v @ torch.linalg.inv(matrix + lam * torch.eye(5, dtype=matrix.dtype))
+    A = by_products(matrix, symmetric=True, eigenvalue_floor=0.2, shifted_inverse=shifted)
+    assert A.known_inverse is not None and A.damped(-0.1).known_inverse is not None
+    assert A.damped(-0.3).known_inverse is None
+
+
+def test_scalars_stand_on_either_side_and_operators_subtract():
+    left, right = rows(4, 3), rows(4, 3, seed=1)
+    A, B = by_products(left), by_products(right)
+    torch.testing.assert_close((A * 2).to_dense(), (2 * A).to_dense())
+    torch.testing.assert_close((A - B).to_dense(), left - right)
+    with pytest.raises(ValueError, match=r"v in torch.float64 like A; got torch.float32"):
+        _ = A @ torch.ones(3)
+
+
 def test_contradictions_are_refused():
     J = by_products(rows(3, 5))
     with pytest.raises(ValueError, match=r"A @ B needs as many columns"):

@@ -115,6 +115,14 @@ def test_a_known_inverse_is_used_and_a_wrong_one_is_not_trusted():
     assert "the inverse that the operator knows left a residual" in solution.reason
 
 
+def test_a_start_is_not_given_up_for_a_worse_inverse():
+    matrix, b = spread_spectrum(8, 10.0), rows(8)
+    wrong = lambda lam: lambda v: 50 * v
+    A, _ = by_products(matrix, definite=True, shifted_inverse=wrong)
+    assert Auto(dense_size=0).solve(A, b, torch.linalg.solve(matrix, b)).num_iter == 0
+    assert is_solved(matrix, Auto(dense_size=0).solve(A, b), b)
+
+
 def test_many_right_hand_sides_share_a_krylov_space():
     matrix, b = spread_spectrum(60, 100.0), rows(4, 60)
     A, count = by_products(matrix)
@@ -151,9 +159,12 @@ def test_badly_scaled_unknowns_get_a_diagonal_preconditioner_and_keep_it():
 
 def test_a_preconditioner_that_does_not_pay_is_dropped():
     matrix, b = spread_spectrum(400, 1e5), rows(400)  # its diagonal is nearly constant
-    A, _ = by_products(matrix)
+    A, count = by_products(matrix)
     solution = Auto(rtol=1e-6, dense_size=10).solve(A, b)
     assert ": dropped)" in solution.reason and solution.converged
+    assert solution.num_matvec == count[0]
+    before = count[0]
+    assert Auto(rtol=1e-6, dense_size=10).solve(A, b).num_matvec == count[0] - before  # the test is not made again
 
 
 def test_gmres_gives_way_when_it_stagnates():

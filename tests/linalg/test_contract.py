@@ -21,7 +21,7 @@ PERMITTED = [pytest.param(case, kind, id=f"{case}-{kind}") for case in SOLVERS f
 SCALABLE = [pair for pair in PERMITTED if "Neumann" not in str(pair.id)]
 SYMMETRIC_ONLY = [case for case in SOLVERS if case.needs in ("definite", "symmetric")]
 CAPPED = [pytest.param(case, id=str(case)) for case in SOLVERS if case.capped is not None]
-ITERATING = ("cg", "minres", "gmres", "bicgstab", "lsmr", "cgls", "neumann", "chebyshev")
+ITERATING = ("cg", "minres", "gmres", "bicgstab", "lsmr", "cgls", "neumann", "chebyshev", "block_cg")
 
 every_solver = pytest.mark.parametrize("case", SOLVERS, ids=str)
 every_system = pytest.mark.parametrize(("case", "kind"), PERMITTED)
