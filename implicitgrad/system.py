@@ -10,7 +10,7 @@ from implicitgrad import internals, report, tree
 from implicitgrad.curvature import hvp
 from implicitgrad.curvature.jacobian import Linearization
 from implicitgrad.isolation import Isolation
-from implicitgrad.linalg import AsymmetryError, LinearOperator, LinearSolver, Solution, check_symmetric, irregular
+from implicitgrad.linalg import AsymmetryError, LinearOperator, LinearSolver, Solution, check_symmetric
 from implicitgrad.linalg.certificate import check_floor, solution_error
 from implicitgrad.report import ConvergenceError, LinearSolve, Policy, Report
 from implicitgrad.restriction import Restriction
@@ -177,17 +177,13 @@ class System:
         """
         if self._probe or not self._symmetric or self._noise(linearization.leaf) > 0:
             return
-        wrong = linearization.scan.dead_ends
-        if not wrong and linearization.scan.custom:
-            y, rough = linearization.leaf.detach(), torch.finfo(linearization.leaf.dtype).eps ** 0.25
-            size = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-            direction = irregular(y) * torch.where(size > 0, size, torch.ones_like(size))
-            with torch.no_grad(), self.isolation():
-                ahead, behind = (self.residual(y + sign * rough * direction, *inputs) for sign in (1, -1))
-            change, product = (ahead - behind) / (2 * rough), self._graph_operator(linearization) @ direction
-            error = torch.linalg.vector_norm(change - product)
-            # the difference is good to rough², a kernel that drops out takes a good part of the product with it
-            wrong = bool(error > 100 * rough**2 * torch.linalg.vector_norm(product))
+        scan = linearization.scan
+        wrong = scan.dead_ends
+        if not wrong and scan.custom:
+            fn = lambda y: self.residual(y, *inputs)
+            with self.isolation():
+                operator = self._graph_operator(linearization)
+                wrong = not hvp.agrees_with_difference(fn, linearization.leaf.detach(), operator)
         if wrong:
             raise RuntimeError(
                 "the loss contains a custom autograd function whose gradient cannot be differentiated again, and torch "
