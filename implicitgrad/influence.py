@@ -20,7 +20,7 @@ from torch import Tensor
 
 from implicitgrad import closure, report, tree
 from implicitgrad.curvature import gauss_newton, hessian
-from implicitgrad.curvature.examples import by_example, num_examples, select
+from implicitgrad.curvature.examples import by_example, check_mean, num_examples, select
 from implicitgrad.curvature.point import Point
 from implicitgrad.linalg import Auto, LinearOperator, LinearSolver
 from implicitgrad.linalg.certificate import solution_error
@@ -45,9 +45,10 @@ class Influence:
     damping; the predictions are then those for another objective.
 
     Args:
-        model: `model(params, inputs) -> outputs`, the outputs of each example depending on that example alone;
-            `implicitgrad.functional(net)` makes one of a module.
-        loss: `loss(outputs, targets) -> scalar`, a mean over examples.
+        model: `model(params, inputs) -> outputs`, a tensor `(N, ...)` or a tree of them, the outputs of each example
+            depending on that example alone; `implicitgrad.functional(net)` makes one of a module.
+        loss: `loss(outputs, targets) -> scalar`, the mean of its values on single examples: without class weights or
+            ignored labels.
         params: Trained parameters, a tree of floating point tensors with n numbers.
         train: Inputs and targets of the N training examples: tensors, or trees of them, whose first dimension is N.
         regulariser: `regulariser(params) -> scalar`, what the objective has besides the loss.
@@ -61,14 +62,14 @@ class Influence:
         inner_tolerance: Largest `‖∇f‖ / ‖H params‖` that passes; no unit.
 
     Attributes:
-        params: Detached copies of the parameters.
+        params: Copies of the parameters; what is written into them changes nothing else.
         operator: H, damping included.
         report: `inner_residual` is the gradient norm of the objective at `params`; every linear solve is added.
 
     Raises:
-        TypeError: parameters or data that are not tensors.
+        TypeError: parameters, data or outputs that are not tensors, a solver that is none.
         ValueError: numbers of examples that differ, a loss that is not the mean over examples, a bad option.
-        FloatingPointError: NaN or infinity in the gradient of the objective.
+        FloatingPointError: NaN or infinity in the derivative of the loss or the gradient of the objective.
 
     Example:
         >>> X, t = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([1.0, 2.0, 6.0])
@@ -98,6 +99,8 @@ class Influence:
             raise ValueError(f'curvature must be "hessian" or "gauss_newton", got {curvature!r}')
         if not 0 <= damping < float("inf"):
             raise ValueError(f"damping must be finite and not negative, got {damping}")
+        if not (solver is None or isinstance(solver, LinearSolver)):
+            raise TypeError(f"solver must be a LinearSolver like CG(), got {solver!r}")
         self._policy = Policy(on_unconverged, inner_tolerance)
         self._model, self._loss, self._regulariser = model, loss, regulariser
         self._damping, self._curvature = damping, curvature
@@ -105,8 +108,9 @@ class Influence:
         self._train = self._checked("train", train)
         self._num_train = num_examples("train", *self._train)
         self._point = Point("Influence", params, model, loss, regulariser, train)
-        self.params = self._point.unravel(self._point.flat)
-        self._check_mean()
+        self._params = self._point.unravel(self._point.flat)
+        self.params = tree.map(Tensor.clone, self._params)
+        check_mean(self._point, model, loss, *self._train)
         self.operator = self._curvature_on(self._train, check=True)
         self._penalty_slope = torch.zeros_like(self._point.flat) if regulariser is None else self._slope(regulariser)
         self.report = self._measure()
@@ -201,17 +205,17 @@ class Influence:
 
     def _curvature_on(self, examples: Examples, check: bool) -> LinearOperator:
         if self._curvature == "hessian":
-            operator = hessian(self._objective, self.params, *examples, check=check)
+            operator = hessian(self._objective, self._params, *examples, check=check)
         else:
-            operator = gauss_newton(self._model, self._loss, self.params, *examples, check=check)
+            operator = gauss_newton(self._model, self._loss, self._params, *examples, check=check)
             if self._regulariser is not None:
-                operator = operator + hessian(self._regulariser, self.params, check=check)
+                operator = operator + hessian(self._regulariser, self._params, check=check)
         return operator.damped(self._damping) if self._damping else operator
 
     def _slope(self, fn: Callable[[Tree], Tensor]) -> Tensor:
         """Gradient `(n,)` of a function of the parameters."""
         with self._point.evaluation():
-            return tree.ravel_like(self.params, tree.grad(fn, self.params)).detach()
+            return tree.ravel_like(self._params, tree.grad(fn, self._params)).detach()
 
     def _loss_of_one(self, flat: Tensor, inputs: Tree, targets: Tree) -> Tensor:
         inputs, targets = tree.map(lambda leaf: leaf.unsqueeze(0), (inputs, targets))
@@ -253,21 +257,6 @@ class Influence:
         report.publish(measured)
         replace(self._policy, site=report.call_site()).judge_inner(measured)
         return measured
-
-    def _check_mean(self) -> None:
-        loss = lambda *one: self._loss_of_one(self._point.flat, *one)
-        inputs, targets = self._train
-        with torch.no_grad():
-            losses = torch.cat(list(by_example(self._point, loss, loss, self._train, self._num_train)))
-            with self._point.isolation():
-                whole = tree.scalar(self._loss(self._model(self.params, inputs), targets))
-        allowed = torch.finfo(whole.dtype).eps ** 0.5 * losses.abs().mean()
-        if (whole - losses.mean()).abs() > allowed:
-            raise ValueError(
-                f"the loss of all training examples is {whole.item():.6g}, the mean of their single losses"
-                f" {losses.mean().item():.6g}; use the mean over examples as reduction, without class weights,"
-                " and a model that looks at each example alone (net.eval() for dropout and batch normalisation)"
-            )
 
     def _checked(self, name: str, examples: Examples) -> Examples:
         """Examples cut off from the graph.

@@ -114,6 +114,11 @@ def is_custom_function(func: object) -> bool:
 weight_norm = torch._weight_norm
 
 
+def num_changes(tensor: Tensor) -> int:
+    """How often the memory of `tensor` was written to in place, through any view; not counted for inference tensors."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def gradient_sizes(node: Any) -> list[int]:
     """How many numbers each gradient has that arrives at a node of the graph."""
     return [torch.Size(meta.shape).numel() for meta in node._input_metadata]

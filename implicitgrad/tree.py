@@ -172,7 +172,9 @@ def grad(fn: Callable[[Tree], Tensor], tree: Tree) -> Tree:
         if value.requires_grad:
             found = torch.autograd.grad(value, parts, create_graph=True, allow_unused=True)
         if all(gradient is None for gradient in found):
-            raise ValueError("the loss does not depend on y; check the order of arguments: (x, y, *data)")
+            raise ValueError(
+                "the loss does not depend on y, the variable it is differentiated in; check the order of its arguments"
+            )
         return rebuild([torch.zeros_like(p) if g is None else g for g, p in zip(found, parts, strict=True)])
 
 

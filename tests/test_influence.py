@@ -14,7 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 import implicitgrad as ig
 from implicitgrad import influence
 from implicitgrad.influence import Influence
-from implicitgrad.linalg import CG
+from implicitgrad.linalg import CG, MultiShiftCG
 
 PENALTY = 1e-2
 
@@ -242,6 +242,17 @@ def test_params_changed_in_place_afterwards_change_nothing(ridge: Problem) -> No
     torch.testing.assert_close(known.scores(*ridge.test), ridge.influence().scores(*ridge.test))
 
 
+def test_params_handed_out_are_copies(ridge: Problem) -> None:
+    for params in (fit_ridge(*ridge.train), {"u": fit_ridge(*ridge.train)[:2], "v": fit_ridge(*ridge.train)[2:]}):
+        model = linear if isinstance(params, Tensor) else lambda y, X: X @ torch.cat([y["u"], y["v"]])
+        known = Influence(model, square, params, ridge.train, on_unconverged="ignore")
+        before, left = known.scores(*ridge.test), ig.tree.ravel(known.remove([7]))[0]
+        for leaf in ig.tree.leaves(known.params):
+            leaf.zero_()
+        assert torch.equal(known.scores(*ridge.test), before)
+        assert torch.equal(ig.tree.ravel(known.remove([7]))[0], left)
+
+
 def test_float32_stays_float32(ridge: Problem) -> None:
     y, X, t = fit_ridge(*ridge.train).float(), ridge.train[0].float(), ridge.train[1].float()
     scores = Influence(linear, square, y, (X, t), regulariser=penalty).scores(X, t)
@@ -293,8 +304,26 @@ def test_a_loss_that_is_no_mean_of_single_losses_is_refused(ridge: Problem) -> N
     weighted = lambda outputs, targets: cross_entropy(outputs, targets, weight=torch.tensor([1.0, 5.0]))
     X, t = torch.randn(12, 3), torch.arange(12) % 2
     net = ig.functional(nn.Linear(3, 2))
-    with pytest.raises(ValueError, match="class weights"):
-        Influence(net, weighted, net.parameters(), (X, t))
+    zeros = {name: torch.zeros_like(value) for name, value in net.parameters().items()}
+    for params in (net.parameters(), zeros):  # at zero every label has the same loss, but not the same slope
+        with pytest.raises(ValueError, match="class weights"):
+            Influence(net, weighted, params, (X, t), on_unconverged="ignore")
+    t[::5] = -100
+    with pytest.raises(ValueError, match="ignored labels"):
+        Influence(net, cross_entropy, net.parameters(), (X, t), on_unconverged="ignore")
+
+
+def test_outputs_that_are_trees_are_checked_too() -> None:
+    X, t = torch.randn(12, 3), torch.randn(12)
+    model = lambda y, X: {"mean": X @ y, "size": X.square().sum(1)}
+    loss = lambda outputs, targets: (outputs["mean"] - targets).square().mean()
+    y = torch.linalg.lstsq(X, t).solution
+    flat = Influence(linear, lambda outputs, targets: (outputs - targets).square().mean(), y, (X, t))
+    torch.testing.assert_close(Influence(model, loss, y, (X, t)).scores(X, t), flat.scores(X, t))
+    with pytest.raises(ValueError, match="mean over examples"):
+        Influence(model, lambda outputs, targets: len(targets) * loss(outputs, targets), y, (X, t))
+    with pytest.raises(ValueError, match=r"net\.eval\(\)"):
+        Influence(lambda y, X: model(y, X - X.mean(0)), loss, y, (X, t))
 
 
 @pytest.mark.parametrize("layer", [nn.Dropout(), nn.BatchNorm2d(3)], ids=["dropout", "batch normalisation"])
@@ -353,7 +382,10 @@ def test_refuses_bad_options_and_data(ridge: Problem) -> None:
         make((X, 3.0))
     with pytest.raises(TypeError, match="dtype"):
         Influence(linear, square, torch.arange(5), ridge.train)
-    with pytest.raises(FloatingPointError, match="gradient of the training objective"):
+    for solver in ("cg", CG, MultiShiftCG((0.0,))):
+        with pytest.raises(TypeError, match=r"solver must be a LinearSolver like CG\(\), got"):
+            make((X, t), solver=solver)
+    with pytest.raises(FloatingPointError, match="derivative of the loss in the outputs"):
         make((X, torch.full_like(t, float("nan"))))
     with pytest.raises(ValueError, match="scalar"):
         Influence(linear, lambda outputs, targets: outputs - targets, y, ridge.train)

@@ -119,9 +119,6 @@ def _inverting(root: Root, dtype: torch.dtype) -> LinearOperator:
         return (U @ (U.T @ v.to(U.dtype))).to(dtype)
 
     def shifted_inverse(damping: float) -> Product:
-        if damping <= 0:
-            return _no_inverse
-
         def inverse(v: Tensor) -> Tensor:
             rows = v.reshape(-1, v.shape[-1]).to(U.dtype)
             L = factor(damping)
@@ -142,10 +139,6 @@ def _inverting(root: Root, dtype: torch.dtype) -> LinearOperator:
         dtype=dtype,
         device=U.device,
     )
-
-
-def _no_inverse(v: Tensor) -> Tensor:
-    raise ValueError("A Gauss-Newton matrix has an inverse under a positive damping only; use A.damped(...).")
 
 
 def _output_root(cotangents: Tensor) -> LinearOperator:

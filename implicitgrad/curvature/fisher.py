@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from implicitgrad import tree
-from implicitgrad.curvature.examples import check_tensor, num_examples, select
+from implicitgrad.curvature.examples import check_tensor, num_examples, single_gradients
 from implicitgrad.curvature.gauss_newton import sandwich
 from implicitgrad.curvature.jacobian import values_and_jacobian
 from implicitgrad.curvature.point import Point
@@ -147,30 +146,14 @@ def empirical_cotangents(name: str, loss: Callable[[Tensor, Any], Tensor], outpu
         ValueError: these are not the examples' shares in the derivative of the whole loss.
         FloatingPointError: NaN or infinity in the latter.
     """
-    count = num_examples(name, outputs, targets)
     check_tensor(name, outputs)
-
-    def one(output: Tensor, target: Any) -> Tensor:
-        return tree.scalar(loss(output.unsqueeze(0), tree.map(lambda leaf: leaf.unsqueeze(0), target)))
-
-    def gradient(output: Tensor, target: Any) -> Tensor:
-        return tree.grad(lambda z: one(z, target), output)
-
-    try:
-        single = torch.func.vmap(gradient)(outputs, targets)
-    except RuntimeError:  # an operation in the loss cannot be batched
-        single = torch.stack([gradient(outputs[i], select(targets, i)) for i in range(count)])
-    whole = tree.grad(lambda z: loss(z, targets), outputs).detach()
-    if not whole.isfinite().all():
-        raise FloatingPointError(f"{name}: the derivative of the loss in the outputs has NaN or infinite entries")
-    single = single.detach()
-    allowed = torch.finfo(outputs.dtype).eps ** 0.5 * torch.linalg.vector_norm(single)
-    if not any(torch.linalg.vector_norm(whole * scale - single) <= allowed for scale in (1, count)):
+    single, kinds = single_gradients(name, loss, outputs, targets)
+    if not kinds:
         raise ValueError(
             f"{name}: loss(outputs, targets) is neither the mean nor the sum of its values on single examples; use one "
             "without class weights, ignored labels, and terms across examples"
         )
-    return single.unsqueeze(1) / math.sqrt(count)
+    return single.unsqueeze(1) / math.sqrt(len(outputs))
 
 
 def sampled_cotangents(

@@ -171,6 +171,7 @@ def values_and_jacobian(point: Point, fn: Callable[..., Tree], *data: Any, check
 
     def flat_fn(flat: Tensor) -> Tensor:
         values[:] = [fn(point.unravel(flat), *constants)]
+        _check_numbers(point, values[0])
         return tree.ravel(values[0])[0]
 
     linearization = linearize(point, flat_fn, symmetric=False)
@@ -180,6 +181,13 @@ def values_and_jacobian(point: Point, fn: Callable[..., Tree], *data: Any, check
     if check:
         check_operator(operator)
     return tree.detach(values[0]), operator
+
+
+def _check_numbers(point: Point, values: Tree) -> None:
+    shapes = [tuple(value.shape) for value in tree.leaves(values) if isinstance(value, Tensor)]
+    if shapes and all(0 in shape for shape in shapes):
+        raise ValueError(f"{point.name}: the function returned tensors of shapes {shapes}; were there no examples?")
+    tree.check_vector_space(tree.leaves(values), f"{point.name}: what the function returns")
 
 
 def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

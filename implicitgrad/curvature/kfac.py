@@ -7,10 +7,10 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from implicitgrad import tree
 from implicitgrad.curvature.fisher import Likelihood, empirical_cotangents, sampled_cotangents
 from implicitgrad.curvature.layers import Evaluation, Network
-from implicitgrad.curvature.minibatch import shares_of, weighted_batches
+from implicitgrad.curvature.minibatch import check_repeatable, shares_of, weighted_batches
+from implicitgrad.curvature.point import Point
 from implicitgrad.curvature.rows import gauss_newton_cotangents
 from implicitgrad.linalg import LinearOperator
 from implicitgrad.linalg.kronecker import KroneckerBlock, Spans, kronecker
@@ -84,9 +84,11 @@ def kfac(
         q³)``. A product, also with the inverse, costs ``4 p q (p + q)``.
 
     Raises:
-        TypeError: `model` does not come from `implicitgrad.functional`; the loss does not fit `kind`.
-        ValueError: an option out of range; y has parameters that no Kronecker factor covers, or that `net` lacks; what
-            the functions named above refuse.
+        TypeError: `model` does not come from `implicitgrad.functional`, or returns no tensor; y is no dict of floating
+            point tensors of one dtype; the loss does not fit `kind`.
+        ValueError: an option out of range; no examples; y has parameters that no Kronecker factor covers, or that the
+            module lacks; what the functions named above refuse.
+        RuntimeError: inside a `torch.func` transform or inference mode.
         FloatingPointError: NaN or infinity in inputs or gradients.
 
     Source: Martens and Grosse (2015); Grosse and Martens (2016) for convolutions; Eschenhagen et al. (2023),
@@ -139,7 +141,8 @@ def minibatch_kfac(
         model: see `kfac`, like the other arguments that are not named here.
         loss: of a batch.
         y: parameters.
-        batches: pairs of inputs and targets; gone through once, with `corrected` twice.
+        batches: pairs of inputs and targets, like a list or a `DataLoader`; gone through once, once more with
+            `corrected`, and once more for ``"mean"``.
         weights: of the batches, as in `minibatch_sum`: ``"mean"`` for a loss that is a mean over a batch and for both
             Fisher matrices, None for one that is a sum.
         kind: of matrix.
@@ -153,6 +156,7 @@ def minibatch_kfac(
         ``(n, n)``, see `kfac`.
 
     Raises:
+        TypeError: see `kfac`; `batches` can be gone through only once, or a batch is no pair.
         ValueError: see `kfac`; no batches, or a number of weights other than that of batches.
 
     Example:
@@ -164,13 +168,17 @@ def minibatch_kfac(
         True
     """
     _check_options(loss, kind, sharing)
-    flat = tree.ravel(tree.detach(y))[0]
-    generator = torch.Generator(flat.device).manual_seed(0) if generator is None else generator
+    if not isinstance(y, Mapping):
+        raise TypeError(f"kfac needs y as parameters by name, like model.parameters(); got {type(y).__name__}")
+    point = Point("kfac", y, model, loss)
+    check_repeatable("minibatch_kfac", batches)
+    generator = torch.Generator(point.flat.device).manual_seed(0) if generator is None else generator
     shares = shares_of(batches, weights)
 
     def passes() -> Iterator[Batch]:
-        for (inputs, targets), weight in weighted_batches(batches, shares):
-            seen = Evaluation(model, y, inputs)
+        for batch, weight in weighted_batches("minibatch_kfac", batches, shares):
+            inputs, targets = _pair(batch)
+            seen = Evaluation(model, point.y, inputs)
             if seen.uncovered and not zero_others:
                 raise ValueError(
                     f"kfac has no Kronecker factors for the parameters {seen.uncovered}; leave them out of y, or pass"
@@ -183,7 +191,14 @@ def minibatch_kfac(
     blocks = _blocks(passes(), sharing)
     if corrected:
         blocks = _corrected(passes(), blocks)
-    return kronecker(list(blocks.values()), len(flat), flat.dtype)
+    return kronecker(list(blocks.values()), len(point.flat), point.flat.dtype)
+
+
+def _pair(batch: Any) -> tuple[Any, Any]:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise TypeError(f"minibatch_kfac needs batches (inputs, targets), got {type(batch).__name__}")
+    inputs, targets = batch
+    return inputs, targets
 
 
 def _check_options(loss: object, kind: object, sharing: object) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from implicitgrad import tree
+from implicitgrad.curvature.examples import check_tensor, num_examples
 from implicitgrad.linalg import irregular
 from implicitgrad.linalg.kronecker import Spans
 
@@ -78,8 +79,8 @@ class Evaluation:
         uncovered: Parameters of y that no layer covers, with the reason.
 
     Raises:
-        TypeError: `model` does not come from `implicitgrad.functional`.
-        ValueError: y has names that the module lacks.
+        TypeError: `model` does not come from `implicitgrad.functional`, or returns no tensor.
+        ValueError: y has names that the module lacks; no examples.
     """
 
     def __init__(self, model: Network, y: Mapping[str, Tensor], inputs: Any) -> None:
@@ -94,6 +95,8 @@ class Evaluation:
             leaves = {name: value.detach().requires_grad_() for name, value in y.items()}
             with _recording(by_module):
                 self.outputs = model(leaves, inputs)
+        check_tensor("K-FAC", self.outputs)
+        num_examples("K-FAC", self.outputs)
         self.layers = [layer for layer in layers if layer.uses]
         self._leave_out([layer for layer in layers if not layer.uses], "never used")
         self._leave_out(self._elsewhere(leaves), "used outside of its layer as well")

@@ -39,7 +39,8 @@ def minibatch_sum(
         nor a weight is negative.
 
     Raises:
-        TypeError: `batches` can be gone through only once, or a batch without a tensor under `weights="mean"`.
+        TypeError: `batches` can be gone through only once, a batch without a tensor under `weights="mean"`, or
+            `make_operator` returns something else.
         ValueError: no batches, terms that differ in shape or declared structure, a number of weights other than that of
             batches, or a sum that comes out differently a second time.
 
@@ -50,11 +51,7 @@ def minibatch_sum(
         >>> torch.allclose(minibatch_sum(make, [X[:2], X[2:]], "mean").to_dense(), X.T @ X / 3)
         True
     """
-    if iter(batches) is batches:
-        raise TypeError(
-            f"minibatch_sum goes through the batches once per product, but got {type(batches).__name__}, which can be "
-            "gone through only once; pass a list or a DataLoader"
-        )
+    check_repeatable("minibatch_sum", batches)
     shares = shares_of(batches, weights)
     if retain:
         batches, make_operator = [make_operator(batch) for batch in batches], lambda operator: operator
@@ -62,6 +59,19 @@ def minibatch_sum(
     if check:
         check_operator(operator)
     return operator
+
+
+def check_repeatable(name: str, batches: Iterable[Any]) -> None:
+    """Refuse an iterator, which is used up by the first pass.
+
+    Raises:
+        TypeError: with the type.
+    """
+    if iter(batches) is batches:
+        raise TypeError(
+            f"{name} goes through the batches several times, but got {type(batches).__name__}, which can be gone "
+            "through only once; pass a list or a DataLoader"
+        )
 
 
 def shares_of(batches: Iterable[Any], weights: Sequence[float] | Literal["mean"] | None) -> list[float] | None:
@@ -83,7 +93,7 @@ def shares_of(batches: Iterable[Any], weights: Sequence[float] | Literal["mean"]
     return [size / sum(sizes) for size in sizes]
 
 
-def weighted_batches(batches: Iterable[Any], shares: list[float] | None) -> Iterator[tuple[Any, float]]:
+def weighted_batches(name: str, batches: Iterable[Any], shares: list[float] | None) -> Iterator[tuple[Any, float]]:
     """Every batch with its weight.
 
     Raises:
@@ -96,7 +106,7 @@ def weighted_batches(batches: Iterable[Any], shares: list[float] | None) -> Iter
         yield batch, 1.0 if shares is None else shares[count - 1]
     if count == 0 or shares is not None and count != len(shares):
         wanted = "at least one" if shares is None else f"{len(shares)}, one per weight"
-        raise ValueError(f"minibatch_sum got {count} batches (or more) in a pass; wanted {wanted}")
+        raise ValueError(f"{name} got {count} batches (or more) in a pass; wanted {wanted}")
 
 
 class _Kind(NamedTuple):
@@ -114,6 +124,8 @@ class _Kind(NamedTuple):
 
     @classmethod
     def of(cls, A: LinearOperator) -> "_Kind":
+        if not isinstance(A, LinearOperator):
+            raise TypeError(f"minibatch_sum: make_operator must return a LinearOperator, got {type(A).__name__}")
         semidefinite = A.eigenvalue_floor is not None and A.eigenvalue_floor >= 0
         structure = A.symmetric, semidefinite, A.T.has_product, A.noise
         return cls(A.size, A.num_rows, A.batch_shape, *structure, A.dtype, A.device)
@@ -123,7 +135,8 @@ def _sum(
     make_operator: Callable[[Any], LinearOperator], batches: Iterable[Any], shares: list[float] | None
 ) -> LinearOperator:
     """`Σ_b w_b A_b` for any number of passes through the batches."""
-    kind = _Kind.of(make_operator(next(weighted_batches(batches, shares))[0]))
+    first, _ = next(weighted_batches("minibatch_sum", batches, shares))
+    kind = _Kind.of(make_operator(first))
 
     def part(batch: Any, apply: Callable[[LinearOperator], Tensor]) -> Tensor:
         term = make_operator(batch)  # lives as long as this call
@@ -132,7 +145,7 @@ def _sum(
         return apply(term)
 
     def total(apply: Callable[[LinearOperator], Tensor]) -> Tensor:
-        parts = (weight * part(batch, apply) for batch, weight in weighted_batches(batches, shares))
+        parts = (weight * part(batch, apply) for batch, weight in weighted_batches("minibatch_sum", batches, shares))
         result = next(parts)
         for value in parts:
             result += value

@@ -18,6 +18,7 @@ from implicitgrad.curvature.gauss_newton import output_hessian
 from implicitgrad.curvature.jacobian import linearize
 from implicitgrad.curvature.point import Point
 from implicitgrad.linalg import irregular
+from implicitgrad.linalg.matrix import factor_dtype
 from implicitgrad.tree import Tree
 
 
@@ -31,6 +32,9 @@ def empirical_rows(
     chunk_size: int | None = None,
 ) -> Tensor:
     """Gradients `gᵢ / √N` of the losses of single examples as rows: `rowsᵀ rows` is the `empirical_fisher`.
+
+    It is the same matrix for a model without dropout. In training mode the rows of all examples see one mask, while
+    `empirical_fisher` runs the model on the batch, with a mask for each.
 
     Args:
         model: `model(y, inputs) -> outputs (N, ...)`, each output from its own example.
@@ -71,7 +75,7 @@ def sampled_rows(
 ) -> Tensor:
     """Gradients `gᵢₛ / √(N S)` for labels drawn from the model: `rowsᵀ rows` is the `sampled_fisher`.
 
-    With the same generator state and a model without dropout, it is the same matrix.
+    With the same generator state and a model without dropout, it is the same matrix; see `empirical_rows`.
 
     Args:
         model: `model(y, inputs) -> outputs (N, ...)`, each output from its own example.
@@ -108,7 +112,10 @@ def gauss_newton_rows(
 
     The square root S is made from the eigenvalues of these C by C Hessians, in float64, so it is exact for every
     convex loss; directions in which the loss of no example is curved are left out. Cross entropy has rank C - 1,
-    squared error and binary cross entropy rank C.
+    squared error and binary cross entropy rank C. With dropout in training mode the matrix is another one: the rows of
+    all examples see one mask, while `gauss_newton` runs the model on the batch, with a mask for each.
+
+    Outputs in half precision, and targets of their dtype, are handed to the loss in float32.
 
     Args:
         model: `model(y, inputs) -> outputs (N, ...)` with C numbers per example, each output from its own example.
@@ -142,9 +149,14 @@ def gauss_newton_rows(
 def gauss_newton_cotangents(name: str, loss: Callable[[Tensor, Any], Tensor], outputs: Tensor, targets: Any) -> Tensor:
     """Columns of square roots of the Hessians of the loss in the outputs of one example, `(N, r, *outputs)`.
 
+    In half precision eigenvalues would drown in rounding as soon as there are some classes: that is done in float32.
+
     Raises:
-        ValueError: these are not all second derivatives of the loss, have negative eigenvalues, or vanish.
+        ValueError: no examples; these are not all second derivatives of the loss, have negative eigenvalues, or vanish.
     """
+    num_examples(name, outputs)
+    dtype = outputs.dtype
+    outputs, targets = tree.map(lambda leaf: _widened(leaf, dtype), (outputs, targets))
     H = output_hessian(name, loss, outputs, targets, convex=False, check=True)
     count, width = len(outputs), outputs[0].numel()
     # one product per output gives a column of every block, as long as there are blocks
@@ -167,7 +179,12 @@ def gauss_newton_cotangents(name: str, loss: Callable[[Tensor, Any], Tensor], ou
     if not kept.any():
         raise ValueError(f"{name}: the loss is not curved in the outputs anywhere; its Gauss-Newton matrix is zero")
     roots = vectors[..., kept] * values[:, None, kept].clamp(min=0).sqrt()
-    return roots.mT.to(outputs.dtype).reshape(count, -1, *outputs.shape[1:])
+    return roots.mT.to(dtype).reshape(count, -1, *outputs.shape[1:])
+
+
+def _widened(leaf: Any, dtype: torch.dtype) -> Any:
+    """A tensor of this dtype in float32 or better; everything else as it is."""
+    return leaf.to(factor_dtype(dtype)) if isinstance(leaf, Tensor) and leaf.dtype == dtype else leaf
 
 
 def _rows(

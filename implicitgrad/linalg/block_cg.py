@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from implicitgrad.linalg.checks import check_count, check_rtol, require_symmetri
 from implicitgrad.linalg.cycles import Cycle, solve_in_cycles
 from implicitgrad.linalg.hindsight import Coefficients, Hindsight
 from implicitgrad.linalg.operator import LinearOperator
-from implicitgrad.linalg.preconditioner import Preconditioner
+from implicitgrad.linalg.preconditioner import Preconditioner, check_preconditioner
 from implicitgrad.linalg.rows import any_row, check_every, row_dot
 from implicitgrad.linalg.solver import LinearSolver, Products, Solution, check_finite
 
@@ -75,10 +76,12 @@ class BlockCG(LinearSolver):
         check_rtol("BlockCG", self.rtol)
         check_count("BlockCG", "max_iter", self.max_iter)
         check_count("BlockCG", "num_refinements", self.num_refinements, at_least=0)
+        check_preconditioner("BlockCG", self.preconditioner)
 
     def solve(self, A: LinearOperator, b: Tensor, x0: Tensor | None = None) -> Solution:
         require_symmetric("BlockCG", A, "GMRES")
-        run = block_conjugate_gradients if b.ndim > len(A.vector_shape) and len(b) > 1 else conjugate_gradients
+        several = b.ndim > len(A.vector_shape) and len(b) > 1
+        run = block_conjugate_gradients if several else partial(conjugate_gradients, name="BlockCG")
 
         def recurrence(product: Products, residual: Tensor, target: float, budget: int) -> Cycle:
             return run(product, residual, target, budget, carried_out(self.preconditioner, A, product))

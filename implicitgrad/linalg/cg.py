@@ -10,7 +10,7 @@ from implicitgrad.linalg.checks import check_count, check_rtol, require_symmetri
 from implicitgrad.linalg.cycles import Cycle, solve_in_cycles
 from implicitgrad.linalg.hindsight import Coefficients
 from implicitgrad.linalg.operator import LinearOperator
-from implicitgrad.linalg.preconditioner import Preconditioner
+from implicitgrad.linalg.preconditioner import Preconditioner, check_preconditioner
 from implicitgrad.linalg.rows import any_row, check_every, row_dot
 from implicitgrad.linalg.solver import LinearSolver, Products, Solution, check_finite
 
@@ -64,6 +64,7 @@ class CG(LinearSolver):
         check_rtol("CG", self.rtol)
         check_count("CG", "max_iter", self.max_iter)
         check_count("CG", "num_refinements", self.num_refinements, at_least=0)
+        check_preconditioner("CG", self.preconditioner)
 
     def solve(self, A: LinearOperator, b: Tensor, x0: Tensor | None = None) -> Solution:
         require_symmetric("CG", A, "GMRES")
@@ -104,8 +105,12 @@ def conjugate_gradients(
     target: float,
     budget: int,
     precondition: Callable[[Tensor], Tensor] | None = None,
+    name: str = "CG",
 ) -> Cycle:
-    """One run of the recurrence, every row by itself; a `Recurrence` if there is no preconditioner."""
+    """One run of the recurrence, every row by itself; a `Recurrence` if there is no preconditioner.
+
+    `name` is that of the solver, for errors.
+    """
     every, limit = check_every(residual), target**2
     coefficients = Coefficients()
     d, r = torch.zeros_like(residual), residual
@@ -133,7 +138,7 @@ def conjugate_gradients(
         if num_iter % every == 0 and not any_row(active):
             break
         torch.addcmul(z, p, torch.where(active, rho / old_rho, zero), out=p)
-    check_finite("CG", num_iter, lowest, square, rho)
+    check_finite(name, num_iter, lowest, square, rho)
     claimed = square <= limit
     broken = ~active & ~claimed
     if any_row(broken):

@@ -94,7 +94,7 @@ def check_right_preconditioner(name: str, preconditioner: object) -> None:
     Raises:
         ValueError: with the value; recipes are for symmetric systems.
     """
-    if preconditioner is not None and not callable(preconditioner):
+    if preconditioner is not None and (isinstance(preconditioner, type) or not callable(preconditioner)):
         raise ValueError(
             f"{name}(preconditioner=...) needs a function r -> z; got {preconditioner!r}. Recipes are read by CG; pass"
             f" recipe.build(A) of one that suits A."

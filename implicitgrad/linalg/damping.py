@@ -32,7 +32,8 @@ class Damping:
                     f"damping must be a number or ({size},) in {dtype} on {device}; got {tuple(value.shape)} in"
                     f" {value.dtype} on {value.device}."
                 )
-            self.value, self.scale, self.divisor = value.detach(), 1.0, value.detach()
+            self.value = self.divisor = value.detach().clone()
+            self.scale = 1.0
             self.lowest, self.highest = torch.stack(self.divisor.aminmax()).tolist()
         else:
             self.value = self.lowest = self.highest = float(value)

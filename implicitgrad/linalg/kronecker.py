@@ -130,8 +130,6 @@ def kronecker(blocks: Sequence[KroneckerBlock], size: int, dtype: torch.dtype | 
 
     def shifted_inverse(shift: float) -> Product:
         shifted = [block.eigenvalues + shift for block in blocks]
-        if (shift == 0 and not covered) or not torch.stack([values.all() for values in shifted]).all():
-            return _no_inverse
         return _spectral_product(blocks, [values.reciprocal() for values in shifted], 0.0 if covered else 1 / shift)
 
     product = _spectral_product(blocks, [block.eigenvalues for block in blocks], 0.0)
@@ -157,10 +155,6 @@ def _spectral_product(blocks: Sequence[KroneckerBlock], weights: Sequence[Tensor
         return out
 
     return product
-
-
-def _no_inverse(v: Tensor) -> Tensor:
-    raise ValueError("This Kronecker operator has an eigenvalue zero, so no inverse; damp it (A.damped).")
 
 
 def _eigh(name: str, factor: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,8 @@ class LowRankInverse:
     instead of the recursion (a sixth to a fourteenth of the time); blocks of right-hand sides; weights; refinement.
 
     Args:
-        rows: ``(m, n)``, kept by reference and not to be changed; `split_rows` for blocks, devices, half precision.
+        rows: ``(m, n)``, kept by reference: once they change in place, the inverse refuses to work; `split_rows` for
+            blocks, devices, half precision.
         damping: λ > 0, or ``(n,)`` positive numbers.
         weight: one number or ``(m,)``, not negative.
 
@@ -85,7 +86,7 @@ class LowRankInverse:
 
         Raises:
             ValueError: v does not fit.
-            RuntimeError: the rows have changed, see `SlidingWindow.inverse`.
+            RuntimeError: the rows have changed in place or in their window.
         """
         block = self._as_block("apply", v, self.size, self.dtype, refine)
         sums = self._D.scale * self._rows.products(self._D.divide(block))
@@ -105,7 +106,7 @@ class LowRankInverse:
 
         Raises:
             ValueError: c does not fit, or a weight is zero, so that its row is no part of F: use `apply`.
-            RuntimeError: the rows have changed, see `SlidingWindow.inverse`.
+            RuntimeError: the rows have changed in place or in their window.
         """
         block = self._as_block("apply_span", coefficients, self.num_rows, coefficients.dtype, refine).double()
         if not self._positive:
@@ -132,7 +133,7 @@ class LowRankInverse:
 
         Raises:
             ValueError: an index outside of 0 … n - 1.
-            RuntimeError: the rows have changed, see `SlidingWindow.inverse`.
+            RuntimeError: the rows have changed in place or in their window.
         """
         (first, block_i), (second, block_j) = self._column(i), self._column(j)
         value = first.double() @ second.double() if block_i == block_j else first.new_zeros((), dtype=torch.float64)
@@ -271,7 +272,10 @@ class LowRankInverse:
 
     def _check_current(self) -> None:
         if self._rows.version != self._version:
-            raise RuntimeError("the window has changed since this inverse was made; ask for window.inverse() again.")
+            raise RuntimeError(
+                "the rows have changed since this inverse was made: ask for window.inverse() again, or make another"
+                " LowRankInverse. Give it rows.clone() if their memory, or a part of it, is written to in between."
+            )
 
 
 def _checked_weight(weight: float | Tensor, rows: SplitRows) -> float | Tensor:

@@ -54,6 +54,8 @@ class MultiShiftCG:
     max_iter: int | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.shifts, (int, float)):
+            raise ValueError(f"MultiShiftCG(shifts=...) needs a sequence of numbers; got {self.shifts!r}.")
         if not (len(self.shifts) and all(math.isfinite(shift) for shift in self.shifts)):
             raise ValueError(f"MultiShiftCG(shifts=...) needs at least one shift, all finite; got {self.shifts!r}.")
         check_rtol("MultiShiftCG", self.rtol)

@@ -42,6 +42,31 @@ class Preconditioner(ABC):
         """Products with A that `build` spends."""
 
 
+def check_preconditioner(name: str, preconditioner: object) -> None:
+    """Refuse what is neither a function nor a recipe; None passes.
+
+    Args:
+        name: class name of the solver, for messages.
+        preconditioner: what the caller gave.
+
+    Raises:
+        ValueError: with the type, and the way out for those that come close.
+    """
+    if preconditioner is None or isinstance(preconditioner, Preconditioner):
+        return
+    if isinstance(preconditioner, type):
+        got = f"the class {preconditioner.__name__}; pass an instance, as in Jacobi()"
+    elif isinstance(preconditioner, LinearOperator):
+        got = f"{preconditioner}; pass its .known_inverse, or lambda r: P @ r if it stands for the inverse itself"
+    elif isinstance(preconditioner, Tensor):
+        got = "Tensor; pass lambda r: r @ P for a symmetric matrix P close to the inverse"
+    elif callable(preconditioner):
+        return
+    else:
+        got = type(preconditioner).__name__
+    raise ValueError(f"{name}(preconditioner=...) needs a function r -> z, or a recipe like Jacobi(); got {got}.")
+
+
 def spectral_form(basis: Tensor, eigenvalues: Tensor, bulk: Tensor) -> Callable[[Tensor], Tensor]:
     """``r -> U diag(eigenvalues)⁻¹ Uᵀ r + (r - U Uᵀ r) / bulk``: the inverse of a matrix with a flat rest.
 

@@ -27,9 +27,8 @@ class Recorder:
     """
 
     def __init__(self, A: LinearOperator, num_pairs: int):
-        self._room = num_pairs
         self._kept: list[tuple[Tensor, Tensor]] = []
-        product = self._recorded(A)
+        product = _recorded(A, self._kept, num_pairs)
         self.operator = LinearOperator(
             product,
             A.size,
@@ -55,15 +54,18 @@ class Recorder:
         vectors, images = zip(*self._kept, strict=True)
         return torch.cat(vectors), torch.cat(images)
 
-    def _recorded(self, A: LinearOperator) -> Product:
-        def product(v: Tensor) -> Tensor:
-            image = A @ v
-            single = v.shape == A.vector_shape
-            if self._room > 0:
-                rows, images = (v.unsqueeze(0), image.unsqueeze(0)) if single else (v, image)
-                # clones: solvers reuse the memory of v, and an image may be v itself
-                self._kept.append((rows[: self._room].detach().clone(), images[: self._room].detach().clone()))
-                self._room -= len(self._kept[-1][0])
-            return image
 
-        return product
+def _recorded(A: LinearOperator, kept: list[tuple[Tensor, Tensor]], room: int) -> Product:
+    """``v -> A v``, the first of which go to `kept`; it knows no recorder, which would make a reference cycle."""
+
+    def product(v: Tensor) -> Tensor:
+        nonlocal room
+        image = A @ v
+        if room > 0:
+            rows, images = (v.unsqueeze(0), image.unsqueeze(0)) if v.shape == A.vector_shape else (v, image)
+            # clones: solvers reuse the memory of v, and an image may be v itself
+            kept.append((rows[:room].detach().clone(), images[:room].detach().clone()))
+            room -= len(kept[-1][0])
+        return image
+
+    return product

@@ -7,6 +7,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
+from implicitgrad import internals
 from implicitgrad.linalg import tiles
 from implicitgrad.linalg.checks import check_count
 from implicitgrad.linalg.matrix import factor_dtype
@@ -113,7 +114,6 @@ class SplitRows:
         storage: dtype of the stored rows.
         dtype: of vectors.
         device: of vectors.
-        version: counts the changes by `write`.
     """
 
     def __init__(self, ranges: list[Range], tensors: list[Tensor], num_rows: int):
@@ -127,9 +127,15 @@ class SplitRows:
             raise ValueError(f"rows need a real floating dtype for storage; got {self.storage}.")
         self.dtype = factor_dtype(self.storage)
         self.device = ranges[0].device
-        self.version = 0
+        self._num_writes = 0
         self.exact = False
         self.gram_store: Tensor | None = None  # (B, capacity, capacity)
+        self._gram_version: tuple[int, ...] = ()  # of the rows it belongs to
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """Another one after every change of the rows, also in place by whoever shares their memory."""
+        return self._num_writes, *(internals.num_changes(tensor) for tensor in self.tensors)
 
     @property
     def parts(self) -> list[Part]:
@@ -168,12 +174,16 @@ class SplitRows:
 
         With `exact` products are made in float64, here and in every later `write`, at two to four times the cost.
         """
-        if self.gram_store is None or exact and not self.exact:
+        return self._current_store(exact)[:, : self.num_rows, : self.num_rows]
+
+    def _current_store(self, exact: bool = False) -> Tensor:
+        if self.gram_store is None or self._gram_version != self.version or exact and not self.exact:
             capacity, used = self.tensors[0].shape[1], self.num_rows
-            self.exact = exact
+            self.exact = self.exact or exact
             self.gram_store = self._square_zeros(capacity)
-            self.gram_store[:, :used, :used] = self.divided_gram(None, exact)
-        return self.gram_store[:, : self.num_rows, : self.num_rows]
+            self.gram_store[:, :used, :used] = self.divided_gram(None, self.exact)
+            self._gram_version = self.version
+        return self.gram_store
 
     def divided_gram(self, divisor: Tensor | None, exact: bool = False) -> Tensor:
         """``Σ_c gᵢ_c gⱼ_c / divisor_c`` in every block, float64 ``(B, m, m)``; divisor ``(n,)``, None for ones."""
@@ -218,13 +228,14 @@ class SplitRows:
                 f"row {i} has NaN or infinite entries, or its products overflow {self.dtype}; it was not stored. Skip"
                 f" this gradient, or scale it down."
             )
+        gram = self._current_store()
         for tensor, piece in zip(self.tensors, row.tensors, strict=True):
             tensor[:, i] = piece[:, 0]
         self.num_rows = max(self.num_rows, i + 1)
-        gram = self.gram()
         gram[:, i, : products.shape[1]] = gram[:, : products.shape[1], i] = products
         gram[:, i, i] = square
-        self.version += 1
+        self._num_writes += 1
+        self._gram_version = self.version
 
     def restore(self, tensors: list[Tensor], gram: Tensor, num_rows: int, exact: bool) -> None:
         """Copy the state of rows of the same layout."""
@@ -232,7 +243,8 @@ class SplitRows:
             mine.copy_(other)
         self.gram_store = gram.to(self.device, copy=True)
         self.num_rows, self.exact = num_rows, exact
-        self.version += 1
+        self._num_writes += 1
+        self._gram_version = self.version
 
     def _square_zeros(self, m: int) -> Tensor:
         return torch.zeros(self.num_blocks, m, m, dtype=torch.float64, device=self.device)

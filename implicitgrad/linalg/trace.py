@@ -52,10 +52,11 @@ def trace(
     if method not in ("hutch++", "hutchinson"):
         raise ValueError(f'trace(method=...) needs "hutch++" or "hutchinson"; got {method!r}.')
     check_count("trace", "num_matvec", num_matvec, at_least=6 if method == "hutch++" else 2)
-    if num_matvec >= A.size:
-        exact = diagonal(A, exact=True)
-        return Estimate(exact.value.sum(-1), exact.standard_error.sum(-1), exact.num_matvec)
     product, generator = Products(A), generator_on(A.device, generator)
+    if num_matvec >= A.size:
+        exact = _exact_diagonal(A, product).sum(-1)
+        check_finite("trace", product.count, exact)
+        return Estimate(exact, torch.zeros_like(exact), product.count)
     count = num_matvec // 3 if method == "hutch++" else num_matvec
     if method == "hutch++":
         basis, known = _dominant_part(A, product, count, generator)
@@ -91,7 +92,8 @@ def per_block_trace(
         For each name the trace, ``(*batch_shape,)``, its standard error, and the products of all blocks together.
 
     Raises:
-        ValueError: A is rectangular, fewer than two probes, or a block that is empty or not inside of A.
+        TypeError: `blocks` is no mapping.
+        ValueError: A is rectangular, fewer than two probes, or a block that is no slice, empty or not inside of A.
         FloatingPointError: NaN or infinity in a product.
 
     Example:
@@ -159,12 +161,19 @@ def check_blocks(name: str, A: LinearOperator, blocks: Mapping[str, slice]) -> N
     """Refuse blocks that are not slices ``slice(start, stop)`` with ``0 <= start < stop <= n``.
 
     Raises:
+        TypeError: no mapping.
         ValueError: naming the block.
     """
+    if not isinstance(blocks, Mapping):
+        raise TypeError(f'{name} needs blocks by name, {{"name": slice(start, stop)}}; got {type(blocks).__name__}.')
     for key, block in blocks.items():
-        start, stop = block.start, block.stop
-        if start is None or stop is None or block.step not in (None, 1) or not 0 <= start < stop <= A.size:
+        if not (isinstance(block, slice) and _is_proper(block, A.size)):
             raise ValueError(f"{name} needs blocks slice(start, stop) within 0 and {A.size}; {key!r} is {block}.")
+
+
+def _is_proper(block: slice, size: int) -> bool:
+    start, stop = block.start, block.stop
+    return start is not None and stop is not None and block.step in (None, 1) and 0 <= start < stop <= size
 
 
 def _dominant_part(

@@ -7,7 +7,14 @@ from torch import Tensor, nn
 
 import implicitgrad as ig
 from implicitgrad import tree
-from implicitgrad.curvature import gauss_newton, gauss_newton_rows, hessian
+from implicitgrad.curvature import (
+    empirical_fisher,
+    exact_gauss_newton,
+    gauss_newton,
+    gauss_newton_rows,
+    hessian,
+    sampled_fisher,
+)
 from implicitgrad.linalg import CG, LinearOperator
 from tests.curvature.models import NETS, Problem, assert_near, dense_gauss_newton, problem, vectors
 
@@ -169,3 +176,42 @@ def test_rows_refuse_what_has_none():
         gauss_newton_rows(p.model, p.loss, p.y, *p.data, chunk_size=0)
     with pytest.raises(TypeError, match="one tensor"):
         make(p.loss, lambda y, X: (p.model(y, X), p.model(y, X)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["mlp", "mlp with mse", "group norm"])
+def test_rows_in_half_precision(name: str, dtype: torch.dtype):
+    """The root is made in float32, so only the rounding of the outputs and of the rows is left."""
+    p = problem(name, dtype=dtype)
+    rows = gauss_newton_rows(p.model, p.loss, p.y, *p.data)
+    assert rows.dtype == dtype
+    y = {key: value.double() for key, value in p.y.items()}
+    targets = p.targets if p.targets.dtype == torch.int64 else p.targets.double()
+    exact = dense_gauss_newton(problem(name)._replace(y=y, inputs=p.inputs.double(), targets=targets))
+    # a row is a sum over a few terms that are rounded on the way: some units of eps in both factors
+    assert_near(rows.double().T @ rows.double(), exact, 10 * torch.finfo(dtype).eps)
+
+
+def test_rows_in_half_precision_keep_all_directions_of_many_classes():
+    inputs, weights, targets = vectors(8, 4), vectors(40, 4), torch.arange(8)
+    model = lambda y, X: X @ y.T
+    rows = gauss_newton_rows(model, F.cross_entropy, weights.bfloat16(), inputs.bfloat16(), targets).double()
+    assert rows.shape == (8 * 39, 160)
+    exact = gauss_newton(model, F.cross_entropy, weights, inputs, targets).to_dense()
+    # beside the rows the parameters and inputs are rounded
+    assert_near(rows.T @ rows, exact, 20 * torch.finfo(torch.bfloat16).eps)
+
+
+def test_empty_batches_are_named():
+    p = problem("mlp")
+    for make in (gauss_newton, empirical_fisher, exact_gauss_newton, gauss_newton_rows):
+        with pytest.raises(ValueError, match=f"{make.__name__}.* no examples"):
+            make(p.model, p.loss, p.y, p.inputs[:0], p.targets[:0])
+    with pytest.raises(ValueError, match="sampled_fisher.* no examples"):
+        sampled_fisher(p.model, "categorical", p.y, p.inputs[:0])
+
+
+def test_a_loss_that_ignores_the_outputs_is_told():
+    p = problem("mlp")
+    with pytest.raises(ValueError, match="does not depend on y, the variable it is differentiated in"):
+        gauss_newton(p.model, lambda z, t: t.sum().double(), p.y, *p.data)

@@ -285,6 +285,15 @@ def test_zero_block_is_divided_by_the_damping():
     torch.testing.assert_close(inverse(mask), 4 * mask)
 
 
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layer(x), x
+
+
 class Hidden(nn.Module):
     """Uses the weight of a layer behind its back."""
 
@@ -379,6 +388,53 @@ def test_refuses_wrong_arguments():
         kfac(model, "categorical", y, X, t)
     with pytest.raises(FloatingPointError):
         kfac(model, F.cross_entropy, y, X * float("nan"), t)
+    for swapped in (X, tree.ravel(y)[0]):
+        with pytest.raises(TypeError, match=r"parameters by name, like model\.parameters\(\); got Tensor"):
+            kfac(model, F.cross_entropy, swapped, y, t)
+    with pytest.raises(TypeError, match="kfac.*int64"):
+        kfac(model, F.cross_entropy, {"0.weight": torch.ones(5, 4, dtype=torch.int64)}, X, t)
+    for kind, loss in (("gauss_newton", F.cross_entropy), ("empirical", F.cross_entropy), ("sampled", "categorical")):
+        with pytest.raises(ValueError, match="K-FAC got no examples"):
+            kfac(model, loss, y, X[:0], t[:0], kind=kind)
+    pair, z = network(Pair())
+    with pytest.raises(TypeError, match=r"one tensor \(N, \.\.\.\), got tuple"):
+        kfac(pair, half, z, X, t)
+
+
+def test_refuses_transforms_and_inference_mode():
+    model, y = perceptron()
+    X, t = normal(6, 4), torch.arange(6) % 3
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="kfac.*inference_mode"):
+        kfac(model, F.cross_entropy, y, X, t)
+    with pytest.raises(RuntimeError, match=r"kfac.*torch\.func"):
+        torch.func.vmap(lambda X: kfac(model, F.cross_entropy, y, X, t).to_dense())(X.expand(2, -1, -1))
+    with torch.no_grad():
+        assert kfac(model, F.cross_entropy, y, X, t).size == 43
+
+
+@pytest.mark.parametrize("weights", [None, "mean"])
+@pytest.mark.parametrize("corrected", [False, True])
+def test_refuses_batches_that_can_be_gone_through_once(weights: str | None, corrected: bool):
+    model, y = perceptron()
+    X, t = normal(6, 4), torch.arange(6) % 3
+    with pytest.raises(TypeError, match="minibatch_kfac.*got generator.*only once"):
+        minibatch_kfac(
+            model, F.cross_entropy, y, ((X[i : i + 3], t[i : i + 3]) for i in (0, 3)), weights, corrected=corrected
+        )
+
+
+def test_refuses_batches_that_are_no_pairs():
+    model, y = perceptron()
+    X, t = normal(6, 4), torch.arange(6) % 3
+    for batch in (X, (X, t, t), {"inputs": X, "targets": t}):
+        with pytest.raises(TypeError, match=r"minibatch_kfac needs batches \(inputs, targets\)"):
+            minibatch_kfac(model, F.cross_entropy, y, [batch])
+    with pytest.raises(ValueError, match="minibatch_kfac got 0 batches"):
+        minibatch_kfac(model, F.cross_entropy, y, [])
+    with pytest.raises(ValueError, match="minibatch_kfac got 1 batches.*2, one per weight"):
+        minibatch_kfac(model, F.cross_entropy, y, [(X, t)], [0.5, 0.5])
+    lists = minibatch_kfac(model, F.cross_entropy, y, [[X, t]])  # what a DataLoader yields
+    assert torch.equal(lists.to_dense(), kfac(model, F.cross_entropy, y, X, t).to_dense())
 
 
 def test_preconditions_conjugate_gradients():

@@ -134,3 +134,9 @@ def test_float32_full_loss():
     p = problem("conv", dtype=torch.float32)
     A = minibatch_sum(lambda batch: gauss_newton(p.model, F.cross_entropy, p.y, *batch, check=False), loader(p), "mean")
     assert_near(A.to_dense(), gauss_newton(p.model, F.cross_entropy, p.y, *p.data).to_dense(), 1e-5)
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_refuses_terms_that_are_no_operators(retain: bool):
+    with pytest.raises(TypeError, match="make_operator must return a LinearOperator, got Tensor"):
+        minibatch_sum(lambda batch: torch.eye(2), [1.0, 2.0], retain=retain)

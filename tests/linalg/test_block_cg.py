@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from implicitgrad.linalg import CG, BlockCG
+from implicitgrad.linalg import CG, BlockCG, LinearOperator
 from tests.linalg.matrices import SLOW, exact, krylov_basis, minimisers, rows, symmetric, symmetric_matrix
 
 
@@ -179,6 +179,13 @@ def test_block_rows_stand_still_between_convergence_tests(monkeypatch: pytest.Mo
     assert seldom.converged
     torch.testing.assert_close(seldom.value, often.value, rtol=1e-7, atol=0)
     assert seldom.num_matvec <= often.num_matvec + 7 * 5
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 4), (2, 4)])
+def test_nan_names_block_cg_also_where_cg_does_the_work(shape: tuple[int, ...]):
+    nan = LinearOperator(lambda v: v * float("nan"), 4, symmetric=True, dtype=torch.float64, device="cpu")
+    with pytest.raises(FloatingPointError, match="^BlockCG: NaN"):
+        BlockCG().solve(nan, rows(*shape))
 
 
 @pytest.mark.parametrize("name", ["rtol", "max_iter", "num_refinements"])

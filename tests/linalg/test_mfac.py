@@ -309,6 +309,49 @@ def test_rows_are_kept_without_a_copy(blocks: int | None):
     assert places == {rows.untyped_storage().data_ptr()}
 
 
+@pytest.mark.parametrize("blocks", [None, 4])
+def test_rows_changed_in_place_are_noticed(blocks: int | None):
+    rows, v = draw(M, N), torch.ones(N, dtype=torch.float64)
+    inverse = LowRankInverse(split_rows(rows, blocks=blocks), 0.1)
+    A = inverse.operator()
+    rows.mul_(2)
+    for use in (inverse.apply, inverse.product, A.known_inverse, lambda v: A @ v, inverse.with_damping):
+        with pytest.raises(RuntimeError, match="rows have changed"):
+            use(v)
+    copied = split_rows(rows, blocks=blocks, storage=torch.float32)  # has memory of its own
+    narrow = LowRankInverse(copied, 0.1)
+    before = narrow.apply(v.float())
+    rows.zero_()
+    assert torch.equal(narrow.apply(v.float()), before)
+
+
+def test_rows_changed_in_place_serve_the_next_inverse():
+    """Also where they were cut before, and their Gram matrix is known."""
+    rows, v = draw(M, N), draw(N, seed=1)
+    cut = split_rows(rows)
+    LowRankInverse(cut, 0.1).apply(v)
+    rows.mul_(2)
+    wanted = torch.linalg.solve(dense(rows, 0.1, 1.0), v)
+    for again in (cut, rows):
+        assert relative_error(LowRankInverse(again, 0.1).apply(v), wanted) < 1e-12
+
+
+def test_damping_changed_in_place_afterwards_changes_nothing():
+    damping, v = torch.full((N,), 0.5, dtype=torch.float64), torch.ones(N, dtype=torch.float64)
+    inverse = LowRankInverse(draw(M, N), damping)
+    before = inverse.apply(v)
+    damping.zero_()
+    assert torch.equal(inverse.apply(v), before)
+
+
+def test_works_in_inference_mode():
+    with torch.inference_mode():
+        rows = draw(M, N)
+        inverse = LowRankInverse(rows, 0.1)
+        found = inverse.apply(rows[0])
+    assert relative_error(found, torch.linalg.solve(dense(rows, 0.1, 1.0), rows[0])) < 1e-12
+
+
 def test_transposed_rows():
     rows, v = draw(N, M).mT, draw(N, seed=1)
     for blocks in (None, 4):

@@ -116,6 +116,12 @@ def test_multi_shift_cg_refuses_shifts_that_are_none_or_not_finite(shifts: tuple
         MultiShiftCG(shifts)
 
 
+@pytest.mark.parametrize("shift", [1.0, 0])
+def test_multi_shift_cg_refuses_a_single_number(shift: float):
+    with pytest.raises(ValueError, match=rf"needs a sequence of numbers; got {shift}"):
+        MultiShiftCG(shift)
+
+
 def test_multi_shift_cg_refuses_what_cg_refuses():
     with pytest.raises(ValueError, match="needs a symmetric operator"):
         MultiShiftCG((0.0,)).solve(LinearOperator.from_dense(rows(4, 4)), rows(4))

@@ -1,5 +1,7 @@
 """Preconditioners against their formulas written out with dense matrices, and what they save."""
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -8,6 +10,9 @@ from torch import Tensor
 
 from implicitgrad.linalg import (
     CG,
+    GMRES,
+    BiCGSTAB,
+    BlockCG,
     Deflation,
     Jacobi,
     LinearOperator,
@@ -386,6 +391,21 @@ def test_recorder_without_products_says_so():
         Recorder(operator_of(decaying()), 3).pairs()
 
 
+def test_recorder_frees_the_operator_without_the_garbage_collector():
+    A = operator_of(decaying())
+    watched = weakref.ref(A)
+    gc.collect()
+    gc.disable()  # reference counts alone must do
+    try:
+        recorder = Recorder(A, 3)
+        _ = recorder.operator @ draw(2, N)
+        assert recorder.pairs()[0].shape == (2, N)
+        del recorder, A
+        assert watched() is None
+    finally:
+        gc.enable()
+
+
 # ---- what they save ----
 
 
@@ -437,3 +457,28 @@ def test_known_inverse_of_another_operator_is_a_preconditioner():
 def test_refuses_hyperparameters_out_of_range(make: Callable[[], object], message: str):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+MATRIX = torch.eye(N, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("solver", [CG, BlockCG])
+@pytest.mark.parametrize(
+    ("preconditioner", "message"),
+    [
+        (LinearOperator.from_dense(MATRIX, symmetric=True), r"got LinearOperator\(size=40.*\.known_inverse"),
+        (MATRIX, "got Tensor.*lambda r: r @ P"),
+        (Jacobi, r"got the class Jacobi.*Jacobi\(\)"),
+        (3, "got int"),
+    ],
+    ids=["operator", "tensor", "class", "number"],
+)
+def test_conjugate_gradients_refuse_what_is_no_preconditioner(solver: type, preconditioner: object, message: str):
+    with pytest.raises(ValueError, match=rf"{solver.__name__}\(preconditioner=\.\.\.\) needs .*{message}"):
+        solver(preconditioner=preconditioner)
+
+
+@pytest.mark.parametrize("solver", [GMRES, BiCGSTAB])
+def test_a_class_is_no_right_preconditioner(solver: type):
+    with pytest.raises(ValueError, match=r"needs a function r -> z; got <class .*Jacobi'>"):
+        solver(preconditioner=Jacobi)

@@ -110,7 +110,7 @@ def test_inverse_of_a_window_that_changed_refuses_to_work():
     window.add(draw(N))
     uses = [lambda: inverse.apply(draw(N)), inverse.diagonal, lambda: inverse.element(0, 0), lambda: inverse.row(1)]
     for use in [*uses, lambda: inverse.with_damping(0.1), lambda: inverse.product(draw(N))]:
-        with pytest.raises(RuntimeError, match="window has changed"):
+        with pytest.raises(RuntimeError, match="rows have changed"):
             use()
 
 

@@ -319,6 +319,16 @@ def test_refuses_blocks_outside_of_the_operator(block: slice):
             find(A, {"w": block})
 
 
+def test_refuses_blocks_that_are_no_slices():
+    A = symmetric(torch.eye(N, dtype=torch.float64))
+    for find in (per_block_trace, per_block_top_eigenvalue):
+        for block in ([0, 1], 3, torch.tensor([0, 1])):
+            with pytest.raises(ValueError, match=f"{find.__name__} needs blocks slice.*'w' is"):
+                find(A, {"w": block})
+        with pytest.raises(TypeError, match=f"{find.__name__} needs blocks by name.*got list"):
+            find(A, [slice(0, 2)])
+
+
 def test_density_has_mass_one_and_the_moments_of_the_spectrum():
     """For a diagonal matrix zᵀAᵏz is tr Aᵏ for all signs z, so the quadrature is exact up to degree 2 m - 1."""
     eigenvalues = torch.linspace(-1, 3, 60).double() ** 3
@@ -418,6 +428,13 @@ def test_products_that_turn_nan_raise(call, good_products: int):
     A = LinearOperator(product, N, symmetric=True, dtype=torch.float64, device="cpu")
     with pytest.raises(FloatingPointError, match="NaN or infinity"):
         call(A, None)
+
+
+def test_nan_names_the_function_that_was_called():
+    nan = symmetric(torch.full((N, N), float("nan"), dtype=torch.float64))
+    for find in (trace, diagonal, per_block_trace):
+        with pytest.raises(FloatingPointError, match=f"^{find.__name__}: NaN"):
+            find(nan, **({"blocks": BLOCKS} if find is per_block_trace else {}))
 
 
 @pytest.mark.parametrize(
