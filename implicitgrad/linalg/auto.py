@@ -24,6 +24,8 @@ from implicitgrad.linalg.solver import LinearSolver, Solution
 DENSE_SIZE = 500
 # A matrix is worth its n products up to this multiple of dense_size, where iterating would take a third as many.
 RELUCTANT_FACTOR = 4
+# Right-hand sides share a matrix: with so many products for each, a third of what iterating usually takes, it pays.
+PRODUCTS_PER_ROW = 10
 # CG runs bare for so long before anything is spent on speeding it up.
 FIRST_ITERATIONS = 200
 # The test of a preconditioner: the condition number seen in so many iterations has to fall by this factor, so that the
@@ -43,7 +45,8 @@ class Auto(LinearSolver):
     In this order:
 
     1. An operator that knows its inverse uses it, if the residual agrees.
-    2. Up to `dense_size` unknowns: Cholesky; LU if the matrix is not symmetric or not positive definite.
+    2. Up to `dense_size` unknowns, or four times that with n / 10 right-hand sides: Cholesky; LU if the matrix is not
+       symmetric or not positive definite.
     3. Symmetric: CG, or block CG from 4 right-hand sides on; MINRES if it meets negative curvature. After 200
        iterations without an end: the dense matrix, if n is at most four times `dense_size` and going on would take more
        than n / 3 products; otherwise the condition number is measured with and without a diagonal preconditioner
@@ -96,8 +99,12 @@ class Auto(LinearSolver):
         findings = A.remember(Auto, _Findings)
         if A.size <= self.dense_size:
             return self._solve_directly(A, b, x0, trail.note(f"n = {A.size} <= dense_size = {self.dense_size}"))
-        if findings.dense and A.size <= RELUCTANT_FACTOR * self.dense_size:
-            return self._solve_directly(A, b, x0, trail.note("the matrix is there from an earlier solve"))
+        if A.size <= RELUCTANT_FACTOR * self.dense_size:
+            if findings.dense:
+                return self._solve_directly(A, b, x0, trail.note("the matrix is there from an earlier solve"))
+            if _num_rows(A, b) >= max(FEWEST_FOR_A_BLOCK, A.size / PRODUCTS_PER_ROW):
+                findings.dense = True
+                return self._solve_directly(A, b, x0, trail.note(f"{_num_rows(A, b)} right-hand sides share a matrix"))
         trail.note(f"n = {A.size} > dense_size = {self.dense_size}")
         if A.symmetric:
             return self._solve_symmetric(A, b, x0, trail, findings)

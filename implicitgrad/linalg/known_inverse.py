@@ -46,8 +46,8 @@ class KnownInverse(LinearSolver):
         inverse = A.known_inverse
         if inverse is None:
             raise ValueError(
-                f"KnownInverse needs a definite operator that knows its inverse (low rank, K-FAC, exact Gauss-Newton, each"
-                f" with positive damping: A.damped(...)); got {A}. Use Auto for others."
+                f"KnownInverse needs a definite operator that knows its inverse (low rank, K-FAC, exact Gauss-Newton,"
+                f" each with positive damping: A.damped(...)); got {A}. Use Auto for others."
             )
         system = check_system("KnownInverse", A, b, x0)
         if system.zero:

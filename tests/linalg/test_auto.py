@@ -132,6 +132,15 @@ def test_many_right_hand_sides_share_a_krylov_space():
     assert Auto(dense_size=10).solve(A, b[:3]).solver == "CG"
 
 
+def test_very_many_right_hand_sides_share_a_matrix():
+    matrix, b = spread_spectrum(60, 100.0), rows(6, 60)
+    A, count = by_products(matrix)
+    solution = Auto(dense_size=15).solve(A, b)
+    assert solution.solver == "Cholesky" and "6 right-hand sides share a matrix" in solution.reason
+    assert is_solved(matrix, solution, b) and solution.num_matvec == count[0] == 66
+    assert Auto(dense_size=15).solve(by_products(matrix)[0], b[:5]).solver == "BlockCG"
+
+
 def test_slow_cg_gives_way_to_the_matrix_where_that_is_cheaper():
     matrix, b = spread_spectrum(240, 1e7), rows(240)
     A, count = by_products(matrix)
