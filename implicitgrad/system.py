@@ -175,20 +175,21 @@ class System:
         Raises:
             RuntimeError: second derivatives through the graph are incomplete.
         """
-        if self._probe or not self._symmetric or self._noise(linearization.leaf) > 0:
+        if self._noise(linearization.leaf) > 0:
             return
         scan = linearization.scan
-        wrong = scan.dead_ends
-        if not wrong and scan.custom:
+        # a gradient needs every function twice; another residual may need it only once
+        wrong = scan.dead_ends and self._symmetric and not self._probe
+        if not wrong and (scan.dead_ends or scan.custom):
             fn = lambda y: self.residual(y, *inputs)
             with self.isolation():
                 operator = self._graph_operator(linearization)
                 wrong = not hvp.agrees_with_difference(fn, linearization.leaf.detach(), operator)
         if wrong:
             raise RuntimeError(
-                "the loss contains a custom autograd function whose gradient cannot be differentiated again, and torch "
-                "would leave it out in silence; use reverse mode outside of torch.func transforms, where finite "
-                "differences take over, or give the function a differentiable backward"
+                "the condition contains a custom autograd function whose gradient cannot be differentiated again, and "
+                "torch would leave it out in silence; use reverse mode of a Stationary condition outside of torch.func "
+                "transforms, where finite differences take over, or give the function a differentiable backward"
             )
 
     @property

@@ -251,3 +251,24 @@ def test_rounding_near_a_solution_of_zero_is_not_taken_for_a_changed_condition()
     (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), x)
     assert first.isfinite().all() and second.isfinite().all()
+
+
+@pytest.mark.parametrize("kernel", [Quartic.apply, QuarticInNumpy.apply], ids=["once", "numpy"])
+def test_a_gradient_step_through_a_kernel_without_double_backward_raises(kernel: Callable[[Tensor], Tensor]) -> None:
+    x = torch.tensor([3.0, 2.0])
+    y = torch.zeros_like(x)
+    for _ in range(60):
+        y = y - (4 * y**3 + 2 * y - x) / (12 * y**2 + 2)
+    loss = lambda x, y: kernel(y).sum() + (y * y - x * y).sum()
+    step = ig.FixedPoint(lambda x, y: y - 0.1 * ig.curvature.hvp.marked_grad(lambda y: loss(x, y), y))
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        ig.implicit_root(step, x.requires_grad_(), y).sum().backward()
+
+
+def test_a_step_through_a_kernel_with_one_backward_is_right_in_reverse_mode() -> None:
+    """`y = x/2 + y⁴/8`: the residual needs the kernel's first derivative only."""
+    x, y = torch.tensor([0.6, 1.0], requires_grad=True), torch.zeros(2)
+    for _ in range(100):
+        y = x.detach() / 2 + y**4 / 8
+    root = ig.implicit_root(ig.FixedPoint(lambda x, y: x / 2 + Quartic.apply(y) / 8), x, y)
+    torch.testing.assert_close(torch.autograd.grad(root.sum(), x)[0], 0.5 / (1 - y**3 / 2), rtol=1e-10, atol=0)
