@@ -69,6 +69,7 @@ class BoundCondition:
         self._arguments = _Arguments(values, rebuild)
         self.inputs: list[Tensor] = self._arguments.tensors()
         _check_inputs(self.flat, self.inputs)
+        self._notes = lambda: condition.notes(x, self.y, *data)
         twin = condition.first_order_twin()
         self.system = System(
             _flat_residual(condition, self.y, self.unravel, self._arguments),
@@ -91,6 +92,9 @@ class BoundCondition:
             raise RuntimeError("torch.inference_mode forbids the derivatives needed here; use torch.no_grad")
         report.check_finite(self.flat, "the inner solution y")
         self.system.judge(self.flat, self.inputs)
+        if report.observed():
+            with torch.no_grad(), self.system.isolation():
+                self.system.record.notes[:] = self._notes()
         linearization = self.system.linearize(self.flat, self.inputs)
         if not linearization.scan.older and not (linearization.scan.leaves and internals.following_calls()):
             self._capture(linearization.scan.leaves)

@@ -79,12 +79,18 @@ class Restriction:
         def product(factor: LinearOperator):
             return lambda v: torch.where(mask, factor @ torch.where(mask, v, 0), v)
 
+        def dense() -> Tensor:
+            inside = mask.unsqueeze(-1) & mask.unsqueeze(-2)
+            return torch.where(inside, A.to_dense(), torch.eye(A.size, dtype=A.dtype, device=A.device))
+
         return LinearOperator(
             product(A),
             A.size,
             rmatvec=product(A.T),
             matmat=product(A),
             rmatmat=product(A.T),
+            dense=dense,
+            dense_cost=A.dense_cost,
             symmetric=symmetric or A.symmetric,
             noise=A.noise,
             dtype=A.dtype,

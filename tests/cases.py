@@ -1,5 +1,6 @@
 """What there is of each kind; an entry here inherits the contract tests of its kind."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -7,7 +8,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from implicitgrad import FixedPoint, OptimalityCondition, Stationary
+from implicitgrad import FixedPoint, OptimalityCondition, Stationary, projections, prox
+from implicitgrad.conditions import (
+    BlockProximalGradient,
+    MirrorDescent,
+    ProjectedGradient,
+    ProximalGradient,
+    Root,
+)
 from implicitgrad.linalg import (
     CG,
     CGLS,
@@ -153,8 +161,58 @@ def _tanh(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     )
 
 
+def _squares(x: Tensor, y: Tensor, features: Tensor, target: Tensor) -> Tensor:
+    return 0.5 * (features @ y - target).square().mean()
+
+
+def _moments(features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    return features.mT @ features / len(features), features.mT @ target / len(features)
+
+
+def _lasso(x: Tensor, features: Tensor, target: Tensor, ridge: float = 0.0) -> Tensor:
+    """With the signs that the solution has at `_sparse`; also of the elastic net."""
+    gram, moment = _moments(features, target)
+    some = torch.eye(3, dtype=gram.dtype)[:, [0, 2]]
+    pull = moment - x.exp() * torch.tensor([1.0, 0.0, -1.0], dtype=gram.dtype)
+    return some @ _solve(some.mT @ gram @ some + ridge * torch.eye(2, dtype=gram.dtype), some.mT @ pull)
+
+
+def _upper_bound(x: Tensor) -> Tensor:
+    return 0.5 + 0.1 * x.sin()
+
+
+def _bounded_ridge(x: Tensor, features: Tensor, target: Tensor) -> Tensor:
+    """With the first coordinate at its upper bound, as at `_sparse`."""
+    gram, moment = _moments(features, target)
+    one, rest = torch.eye(3, dtype=gram.dtype).split([1, 2], dim=1)
+    gram = gram + torch.diag_embed(x.exp())
+    held = one @ (one.mT @ _upper_bound(x))
+    return held + rest @ _solve(rest.mT @ gram @ rest, rest.mT @ (moment - gram @ held))
+
+
+def _entropic_loss(x: Tensor, y: Tensor, features: Tensor, target: Tensor) -> Tensor:
+    return _squares(x, y, features, target) + ((x + y.log() - 1) * y).sum()
+
+
+def _entropic(x: Tensor, features: Tensor, target: Tensor) -> Tensor:
+    gram, moment = _moments(features, target)
+    log = _newton(
+        lambda log: gram @ log.exp() - moment + x + log,
+        lambda log: gram * log.exp().unsqueeze(-2) + torch.eye(3, dtype=gram.dtype),
+        torch.zeros_like(x),
+    )
+    return log.exp()
+
+
+def _tanh_equation(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return y.atanh() - weight @ y - x * bias
+
+
 _regression = (_draw(5, 3, seed=1), _draw(5, seed=2))
 _network = (0.3 * _draw(3, 3, seed=3), _draw(3, seed=4))
+_mixing = (5**0.5 * torch.linalg.qr(_draw(5, 3, seed=5))[0] + 0.3 * _draw(5, 3, seed=6)).contiguous()
+# moments (2, 0.1, -3): far from where a coordinate of a sparse or bounded solution would be let go
+_sparse = (_mixing, _mixing @ _solve(_moments(_mixing, _mixing[:, 0])[0], _mixing.new_tensor([2.0, 0.1, -3.0])))
 _upper = torch.tensor([-0.5, -0.2, 0.3], dtype=torch.float64)
 _definite = frozenset({"definite", "symmetric", "square", "contraction"})
 _general = frozenset({"square", "contraction"})
@@ -165,4 +223,43 @@ CONDITIONS = [
     ConditionCase("affine map", FixedPoint(_affine_step), _affine, _upper, _network, _general),
     ConditionCase("tanh map", FixedPoint(_tanh_step), _tanh, _upper, _network, _general),
     ConditionCase("gradient step", FixedPoint(_ridge_step, symmetric=True), _ridge, _upper, _regression, _definite),
+    ConditionCase(
+        "bounded ridge",
+        ProjectedGradient(_ridge_loss, lambda x, y, *data: projections.box(y, -9.0, _upper_bound(x)), step=0.4),
+        _bounded_ridge,
+        _upper,
+        _sparse,
+        _general,
+    ),
+    ConditionCase(
+        "lasso",
+        ProximalGradient(
+            _squares, lambda x, y, scaling, *data: prox.l1(y, x.exp(), scaling), step=0.6, symmetric_on_support=True
+        ),
+        _lasso,
+        _upper,
+        _sparse,
+        _general,
+    ),
+    ConditionCase(
+        "elastic net",
+        BlockProximalGradient(
+            _squares,
+            lambda x, y, scaling, *data: prox.elastic_net(y, x.exp(), 0.5, scaling),
+            step=torch.tensor([0.5, 0.6, 0.7], dtype=torch.float64),
+        ),
+        functools.partial(_lasso, ridge=0.5),
+        _upper,
+        _sparse,
+        _general,
+    ),
+    ConditionCase(
+        "entropic mirror",
+        MirrorDescent(_entropic_loss, lambda x, v, *data: v.exp(), torch.log, step=0.5),
+        _entropic,
+        _upper,
+        _regression,
+        _general,
+    ),
+    ConditionCase("tanh root", Root(_tanh_equation), _tanh, _upper, _network, frozenset({"square"})),
 ]

@@ -34,6 +34,10 @@ class OptimalityCondition(ABC):
         """
         return None
 
+    def notes(self, x: Tree, y: Tree, *data: Tree) -> list[str]:
+        """What a reader of the report should know about the solution, a sentence each; asked for where a log is open."""
+        return []
+
     def first_order_twin(self) -> "OptimalityCondition | None":
         """The same condition with a residual that needs only first-order derivatives of user code, if there is one."""
         return None
