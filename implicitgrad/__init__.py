@@ -3,9 +3,21 @@
 Declare what is true at the solution of an inner problem; the solution becomes differentiable.
 """
 
-from implicitgrad import curvature, linalg, tree
+from implicitgrad import curvature, layers, linalg, projections, prox, solvers, tree
 from implicitgrad.check import HypergradientCheck, check_hypergradient
-from implicitgrad.conditions import FixedPoint, OptimalityCondition, Stationary
+from implicitgrad.conditions import (
+    KKT,
+    QP,
+    BlockProximalGradient,
+    FixedPoint,
+    MirrorDescent,
+    NewtonFixedPoint,
+    OptimalityCondition,
+    ProjectedGradient,
+    ProximalGradient,
+    Root,
+    Stationary,
+)
 from implicitgrad.hypergradient import Hypergradient, hypergradient
 from implicitgrad.implicit import ImplicitSolver, implicit, implicit_root
 from implicitgrad.influence import Influence
@@ -15,6 +27,9 @@ from implicitgrad.report import ConvergenceError, ConvergenceWarning, LinearSolv
 __version__ = "0.1.0"
 
 __all__ = [
+    "KKT",
+    "QP",
+    "BlockProximalGradient",
     "ConvergenceError",
     "ConvergenceWarning",
     "FixedPoint",
@@ -25,8 +40,13 @@ __all__ = [
     "Influence",
     "LinearSolve",
     "Log",
+    "MirrorDescent",
+    "NewtonFixedPoint",
     "OptimalityCondition",
+    "ProjectedGradient",
+    "ProximalGradient",
     "Report",
+    "Root",
     "Stationary",
     "check_hypergradient",
     "curvature",
@@ -35,6 +55,10 @@ __all__ = [
     "hypergradient",
     "implicit",
     "implicit_root",
+    "layers",
     "linalg",
+    "projections",
+    "prox",
+    "solvers",
     "tree",
 ]
