@@ -35,7 +35,7 @@ class OptimalityCondition(ABC):
         return None
 
     def notes(self, x: Tree, y: Tree, *data: Tree) -> list[str]:
-        """What a reader of the report should know about the solution, a sentence each; asked for where a log is open."""
+        """What a reader of the report should know about the solution, a sentence each; made where a log is open."""
         return []
 
     def first_order_twin(self) -> "OptimalityCondition | None":
