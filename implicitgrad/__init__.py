@@ -9,6 +9,7 @@ from implicitgrad.conditions import (
     KKT,
     QP,
     BlockProximalGradient,
+    ConicProgram,
     FixedPoint,
     MirrorDescent,
     NewtonFixedPoint,
@@ -18,6 +19,7 @@ from implicitgrad.conditions import (
     Root,
     Stationary,
 )
+from implicitgrad.convex import from_cvxpy
 from implicitgrad.hypergradient import Hypergradient, hypergradient
 from implicitgrad.implicit import ImplicitSolver, implicit, implicit_root
 from implicitgrad.influence import Influence
@@ -30,6 +32,7 @@ __all__ = [
     "KKT",
     "QP",
     "BlockProximalGradient",
+    "ConicProgram",
     "ConvergenceError",
     "ConvergenceWarning",
     "FixedPoint",
@@ -51,6 +54,7 @@ __all__ = [
     "check_hypergradient",
     "curvature",
     "diagnostics",
+    "from_cvxpy",
     "functional",
     "hypergradient",
     "implicit",

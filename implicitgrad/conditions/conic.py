@@ -1,7 +1,6 @@
 """Conic programs: linear or quadratic objectives over cones, all matrices and vectors differentiable."""
 
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,11 +10,11 @@ from torch import Tensor
 
 from implicitgrad import projections, tree
 from implicitgrad.conditions.condition import OptimalityCondition
+from implicitgrad.conditions.regularity import Regularity, distance_to_kink, rank_tolerance
 from implicitgrad.curvature import jacobian
 from implicitgrad.tree import Tree
 
 NAMES = ("P", "c", "A", "b", "P_index", "A_index")
-SINGULAR = 1e-11  # a singular value below this times the largest counts as zero
 
 
 @dataclass(frozen=True)
@@ -117,16 +116,16 @@ class ConicProgram(OptimalityCondition):
         nothing = torch.zeros_like(dual[:0], dtype=torch.bool)
         return {"primal": torch.ones_like(z, dtype=torch.bool), "dual": torch.cat([nothing, *parts])}
 
-    def check(self, x: Tree, y: Tree, *data: Tree) -> "Regularity":
+    def check(self, x: Tree, y: Tree, *data: Tree) -> Regularity:
         """How well the assumptions hold at y, for one problem: n + m reverse passes, one dense decomposition."""
         x, y, data = tree.detach((x, y, data))
         problem = self._problem(x, y, data)
         slack = problem["b"] - _product(problem, "A", y["primal"], len(y["dual"]))
         values = torch.linalg.svdvals(jacobian(lambda y: self.residual(x, y, *data), y, check=False).to_dense())
-        margins = [_margin(block.kind, s - dual) for block, s, dual in self._split(slack, y["dual"])]
+        margins = [distance_to_kink(block.kind, s - dual) for block, s, dual in self._split(slack, y["dual"])]
         return Regularity(
             regularity=(values[-1] / values[0]).item(),
-            num_undetermined=int((values <= SINGULAR * values[0]).sum()),
+            num_undetermined=int((values <= rank_tolerance(len(values), values.dtype) * values[0]).sum()),
             margin=min((margin.min().item() for margin in margins), default=torch.inf),
             residual=torch.linalg.vector_norm(tree.ravel(self.residual(x, y, *data))[0]).item(),
         )
@@ -193,37 +192,6 @@ class ConicProgram(OptimalityCondition):
         return problem
 
 
-class Regularity(NamedTuple):
-    """How well the assumptions of `ConicProgram` hold at a point.
-
-    Attributes:
-        regularity: Smallest singular value of the Jacobian divided by the largest; no unit. At 0 the solution or its
-            dual is not unique.
-        num_undetermined: Singular values below 1e-11 times the largest: directions that the residual does not fix.
-        margin: How far s - y is from the nearest kink of the projection: the distance for linear, second-order and
-            semidefinite cones, a measure of it for exponential cones. At 0 the solution map has a kink there, and what
-            is computed is one of its one-sided derivatives. Infinite without such cones.
-        residual: Norm of the residual.
-    """
-
-    regularity: float
-    num_undetermined: int
-    margin: float
-    residual: float
-
-    def notes(self, margin_tol: float = 1e-6) -> list[str]:
-        """The same in words, for a report."""
-        found = [f"regularity {self.regularity:.1e}, distance to a kink {self.margin:.1e}"]
-        if self.num_undetermined:
-            found.append(
-                f"the solution or its dual is not unique: {self.num_undetermined} directions are undetermined; drop "
-                "redundant constraints, or solve linear systems in the least-squares sense"
-            )
-        if self.margin < margin_tol:
-            found.append("strict complementarity fails (no derivative there, a one-sided one is used)")
-        return found
-
-
 class _Block(NamedTuple):
     """A run of equal cones."""
 
@@ -237,33 +205,6 @@ PROJECTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "psd": projections.packed_psd_cone,
     "exponential": projections.exponential_cone,
 }
-
-
-def _margin(kind: str, point: Tensor) -> Tensor:
-    """How far rows `(count, length)` are from where the projection onto a cone has a kink."""
-    if kind == "zero":
-        return torch.full_like(point, torch.inf)
-    if kind == "nonnegative":
-        return point.abs()
-    if kind == "second_order":
-        norm = torch.linalg.vector_norm(point[..., 1:], dim=-1)
-        return (point[..., 0].abs() - norm).abs() / 2**0.5
-    if kind == "psd":
-        return torch.linalg.eigvalsh(_unpacked(point)).abs()
-    nearest = projections.exponential_cone(point)
-    sizes = torch.stack([torch.linalg.vector_norm(part, dim=-1) for part in (nearest, point - nearest)])
-    u, v, w = point.unbind(-1)
-    inside, polar = (w - v * (u / v).exp()).abs(), (torch.e * w + u * (v / u).exp()).abs()
-    return torch.where(sizes[1] == 0, inside, torch.where(sizes[0] == 0, polar, sizes.amin(0)))
-
-
-def _unpacked(rows: Tensor) -> Tensor:
-    """Symmetric matrices `(count, k, k)`, zero above the diagonal, from `(count, k (k + 1) / 2)`."""
-    size = (math.isqrt(8 * rows.shape[-1] + 1) - 1) // 2
-    column, row = torch.triu_indices(size, size, device=rows.device)
-    matrix = rows.new_zeros(*rows.shape[:-1], size, size)
-    matrix[..., row, column] = torch.where(row == column, rows, rows / 2**0.5)
-    return matrix
 
 
 def _product(problem: dict[str, Tensor], name: str, v: Tensor, length: int, transposed: bool = False) -> Tensor:
