@@ -69,7 +69,8 @@ class BoundCondition:
         self._arguments = _Arguments(values, rebuild)
         self.inputs: list[Tensor] = self._arguments.tensors()
         _check_inputs(self.flat, self.inputs)
-        self._notes = lambda: condition.notes(x, self.y, *data)
+        point = self.y  # the function must not refer to this object: a cycle would keep graphs alive
+        self._notes = lambda: condition.notes(x, point, *data)
         twin = condition.first_order_twin()
         self.system = System(
             _flat_residual(condition, self.y, self.unravel, self._arguments),
