@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from implicitgrad import closure, internals, tree
+from implicitgrad.below import by_example, computed
 from implicitgrad.binding import BoundCondition, Options, check_condition
 from implicitgrad.conditions import OptimalityCondition
 from implicitgrad.equation import root
@@ -154,7 +155,7 @@ def _solve_below_transforms(inner: Callable[..., Any], has_aux: bool, arguments:
     values, rebuild = tree.flatten(arguments)
     places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
     run = _Run(inner, has_aux, values, rebuild, places)
-    outputs = _RunBelow.apply(run, *closure.shown([values[i] for i in places]))
+    outputs = computed(run, *closure.shown([values[i] for i in places]), batch_rule=by_example)
     return run.assemble(outputs)
 
 
@@ -173,7 +174,7 @@ class _Run:
         self._values, self._rebuild, self._places = values, rebuild, places
         self._result: tuple[list[Any], Callable[[Sequence[Any]], Any], list[int]] | None = None
 
-    def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         values = list(self._values)
         for i, tensor in zip(self._places, tensors, strict=True):
             values[i] = tensor
@@ -189,36 +190,6 @@ class _Run:
         for i, output in zip(places, outputs, strict=True):
             leaves[i] = output
         return rebuild(leaves)
-
-
-class _RunBelow(torch.autograd.Function):
-    """Carries an inner solver below functional transforms. It has no derivative: `_attach` gives it one."""
-
-    @staticmethod
-    def forward(run: _Run, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return run(tensors)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output)
-        ctx.num_inputs, ctx.num_outputs = len(inputs), len(output)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, ...]:
-        return (None,) * ctx.num_inputs
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[None, ...]:
-        return (None,) * ctx.num_outputs
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, run: _Run, *tensors: Tensor) -> tuple:
-        examples = []
-        for i in range(info.batch_size):
-            one = [t if dim is None else t.select(dim, i) for t, dim in zip(tensors, in_dims[1:], strict=True)]
-            examples.append(_RunBelow.apply(run, *one))
-        stacked = tuple(torch.stack(outputs) for outputs in zip(*examples, strict=True))
-        return stacked, (0,) * len(stacked)
 
 
 def _attach(condition: OptimalityCondition, x: Tree, y: Tree, data: tuple, options: Options) -> Tree:

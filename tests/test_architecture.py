@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "implicitgrad"
 ROOMS = [
     "optional",
     "internals",
+    "below",
     "tree",
     "surroundings",
     "composites",

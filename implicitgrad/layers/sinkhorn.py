@@ -5,12 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from implicitgrad.below import computed
 from implicitgrad.conditions import Stationary
 from implicitgrad.implicit import implicit_root
 from implicitgrad.linalg import CG, LinearSolver
 from implicitgrad.linalg.checks import check_count
 from implicitgrad.projections import checks
-from implicitgrad.projections.numbers import computed
 from implicitgrad.projections.scaling import Scaling, scale
 from implicitgrad.projections.transport import checked_marginals
 from implicitgrad.solvers import SolverInfo

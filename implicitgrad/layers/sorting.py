@@ -6,8 +6,8 @@ All act on the last dimension; those before are a batch.
 import torch
 from torch import Tensor, nn
 
+from implicitgrad.below import computed
 from implicitgrad.projections import checks
-from implicitgrad.projections.numbers import computed
 
 
 def isotonic_regression(y: Tensor, weights: Tensor | None = None, *, increasing: bool = True) -> Tensor:

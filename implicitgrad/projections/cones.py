@@ -11,10 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from implicitgrad.below import computed
 from implicitgrad.linalg.rows import any_row, check_every
 from implicitgrad.projections import checks
 from implicitgrad.projections.matrix_sets import psd_cone
-from implicitgrad.projections.numbers import computed
 
 
 def zero_cone(y: Tensor) -> Tensor:

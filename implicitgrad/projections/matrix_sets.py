@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from implicitgrad import closure
+from implicitgrad.below import batch_in_front
 from implicitgrad.projections import checks
-from implicitgrad.projections.numbers import batch_in_front, refuse_nested_forward_mode
+from implicitgrad.projections.nested_forward import refuse_nested_forward_mode
 
 
 def psd_cone(y: Tensor) -> Tensor:

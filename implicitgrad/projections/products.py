@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from implicitgrad import closure, internals, tree
+from implicitgrad.below import batch_in_front
 from implicitgrad.linalg import LSMR, LinearOperator
 from implicitgrad.linalg.checks import check_count
 from implicitgrad.linalg.rows import check_every
 from implicitgrad.projections import checks
-from implicitgrad.projections.numbers import batch_in_front, refuse_nested_forward_mode
+from implicitgrad.projections.nested_forward import refuse_nested_forward_mode
 from implicitgrad.tree import Tree
 
 Projection = Callable[..., Tree]

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from implicitgrad.below import computed
 from implicitgrad.linalg.rows import any_row
 from implicitgrad.projections import checks
 from implicitgrad.projections.matrix_sets import check_matrix
-from implicitgrad.projections.numbers import computed
 from implicitgrad.projections.scaling import scale
 
 MAX_ITER = 500  # Newton steps; random problems of a hundred rows take about ten

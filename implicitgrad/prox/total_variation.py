@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from implicitgrad.below import computed
 from implicitgrad.projections.boxes import bound_like
-from implicitgrad.projections.numbers import computed
 from implicitgrad.prox.parameters import checked, leafwise
 from implicitgrad.tree import Tree
 

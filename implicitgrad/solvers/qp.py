@@ -1,12 +1,12 @@
 """Differentiable solutions of quadratic programs, one or a stack of them, by a solver of choice."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from implicitgrad import closure, internals
+from implicitgrad.below import Algorithm, BatchRule, computed
 from implicitgrad.conditions import QP
 from implicitgrad.conditions.qp import gathered
 from implicitgrad.implicit import implicit_root
@@ -58,9 +58,9 @@ def solve_qp(problem: dict[str, Tensor], *, solver: InnerSolver | None = None) -
     infos: list[SolverInfo] = []
     run = _Run(solver, tuple(problem), infos)
     if internals.transforming():
-        outputs = _SolveBelow.apply(run, *closure.shown(list(problem.values())))
+        outputs = computed(run, *closure.shown(list(problem.values())), batch_rule=_lead_aligned(run.names))
     else:
-        outputs = run([closure.without_derivative(part) for part in problem.values()])
+        outputs = run(*(closure.without_derivative(part) for part in problem.values()))
     info = infos[-1]
     y = _attached(problem, dict(zip(_parts_of_solution(problem), outputs, strict=True)), solver, info)
     return y, info._replace(linear_solver=None)
@@ -94,7 +94,7 @@ class _Run:
     def __init__(self, solver: InnerSolver, names: tuple[str, ...], infos: list[SolverInfo]) -> None:
         self.solver, self.names, self.infos = solver, names, infos
 
-    def __call__(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def __call__(self, *parts: Tensor) -> tuple[Tensor, ...]:
         with internals.without_forward_mode():
             y, info = self.solver.run(dict(zip(self.names, parts, strict=True)), None)
         if STATUS[PRIMAL_INFEASIBLE] in info.reason or STATUS[DUAL_INFEASIBLE] in info.reason:
@@ -106,38 +106,22 @@ class _Run:
         return tuple(y[name] for name in _parts_of_solution(self.names))
 
 
-class _SolveBelow(torch.autograd.Function):
-    """Carries a solver below functional transforms; `vmap` adds a leading dimension. It has no derivative."""
+def _lead_aligned(names: tuple[str, ...]) -> BatchRule:
+    """The rule of `vmap`: one more leading dimension, the first of a stack, for the parts that have it."""
 
-    @staticmethod
-    def forward(run: _Run, *parts: Tensor) -> tuple[Tensor, ...]:
-        return run(parts)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
-        ctx.mark_non_differentiable(*output)
-        ctx.num_inputs, ctx.num_outputs = len(inputs), len(output)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, ...]:
-        return (None,) * ctx.num_inputs
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[None, ...]:
-        return (None,) * ctx.num_outputs
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple, run: _Run, *parts: Tensor) -> tuple:
+    def rule(again: Algorithm, size: int, in_dims: Sequence[int | None], parts: Sequence[Tensor]) -> tuple:
         leads = [
             part.ndim - (dim is not None) - DIMENSIONS[name]
-            for name, part, dim in zip(run.names, parts, in_dims[1:], strict=True)
+            for name, part, dim in zip(names, parts, in_dims, strict=True)
         ]
-        moved = [
-            part if dim is None else _stacked(part.movedim(dim, 0), max(leads) - lead)
-            for part, dim, lead in zip(parts, in_dims[1:], leads, strict=True)
-        ]
-        outputs = _SolveBelow.apply(run, *moved)
-        return outputs, (0,) * len(outputs)
+        return again(
+            *(
+                part if dim is None else _stacked(part.movedim(dim, 0), max(leads) - lead)
+                for part, dim, lead in zip(parts, in_dims, leads, strict=True)
+            )
+        )
+
+    return rule
 
 
 def _stacked(part: Tensor, missing: int) -> Tensor:
