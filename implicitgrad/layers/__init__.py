@@ -2,6 +2,7 @@
 
 from implicitgrad.layers.fixed_point import FixedPointLayer
 from implicitgrad.layers.optnet import OptNetLayer
+from implicitgrad.layers.projection import ProjectionLayer
 from implicitgrad.layers.sinkhorn import Coupling, sinkhorn
 from implicitgrad.layers.sorting import SoftRank, SoftSort, isotonic_regression, permutahedron, soft_rank, soft_sort
 
@@ -9,6 +10,7 @@ __all__ = [
     "Coupling",
     "FixedPointLayer",
     "OptNetLayer",
+    "ProjectionLayer",
     "SoftRank",
     "SoftSort",
     "isotonic_regression",
