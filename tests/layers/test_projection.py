@@ -21,9 +21,12 @@ def test_gradients_reach_the_network_and_equal_differences() -> None:
     inputs = torch.randn(3, 6, generator=draw, dtype=torch.float64, requires_grad=True)
     layer = ProjectionLayer(lambda y: projections.l2_ball(y, 0.5))
     assert torch.autograd.gradcheck(layer, inputs, check_forward_ad=True)
-    net = torch.nn.Sequential(torch.nn.Linear(6, 4, dtype=torch.float64), ProjectionLayer(projections.simplex))
-    net(inputs)[:, 0].sum().backward()
-    assert net[0].weight.grad is not None and net[0].weight.grad.abs().sum() > 0
+    linear = torch.nn.Linear(6, 4, dtype=torch.float64)
+    for parameter in linear.parameters():
+        torch.nn.init.zeros_(parameter)  # to the centre of the simplex, where its derivative is I - 1/4
+    torch.nn.Sequential(linear, ProjectionLayer(projections.simplex))(inputs)[:, 0].sum().backward()
+    centred = torch.eye(4, dtype=torch.float64)[0] - 0.25
+    torch.testing.assert_close(linear.weight.grad, torch.outer(centred, inputs.detach().sum(0)))
 
 
 def test_something_else_than_a_function_is_refused() -> None:
